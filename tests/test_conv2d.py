@@ -1,0 +1,324 @@
+"""`_core.conv2d` equals the oracle bit for bit: every format, activation type and instruction set."""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from operands import assert_same_bits, core_conv2d, core_linear, random_weights
+
+from lowbit import _core
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution and the images it is given."""
+
+    channels: int
+    out: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    batch: int = 2
+    size: tuple[int, int] = (7, 6)
+
+    @property
+    def geometry(self) -> dict:
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key in ("stride", "padding", "dilation", "groups")
+        }
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out, *self.kernel, self.channels // self.groups)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        top, bottom, left, right = self.padding
+        return tuple(
+            oracle.output_size(*args)
+            for args in zip(
+                self.size,
+                self.kernel,
+                self.stride,
+                (top + bottom, left + right),
+                self.dilation,
+                strict=True,
+            )
+        )
+
+
+SAME = (1, 1, 1, 1)
+CONVS = {
+    # dense; 40 channels fill a tap of every format only with padding, 32 without
+    "dense": Conv(40, 19, padding=SAME),
+    "dense-whole-taps": Conv(32, 16, padding=SAME),
+    "dense-unpadded": Conv(33, 33),
+    "dense-large": Conv(64, 70, padding=SAME, batch=1, size=(14, 14)),
+    "stride": Conv(40, 17, stride=(2, 2), padding=SAME),
+    "stride-uneven": Conv(36, 5, kernel=(3, 2), stride=(1, 3), padding=(0, 0, 1, 1)),
+    "stride-past-kernel": Conv(32, 5, kernel=(2, 2), stride=(3, 4), size=(9, 9)),
+    "dilation": Conv(32, 18, padding=(2, 2, 2, 2), dilation=(2, 2)),
+    "dilation-uneven": Conv(40, 3, kernel=(2, 3), padding=(1, 0, 0, 2), dilation=(3, 1)),
+    "asymmetric-padding": Conv(34, 9, padding=(0, 1, 2, 0)),
+    "tensorflow-same": Conv(32, 9, stride=(2, 2), padding=(0, 1, 0, 1), size=(8, 8)),
+    "kernel-beyond-image": Conv(32, 6, kernel=(5, 7), padding=(3, 3, 4, 4), size=(2, 3)),
+    "padding-beyond-kernel": Conv(8, 6, kernel=(2, 2), padding=(4, 3, 5, 4), size=(3, 3)),
+    "one-pixel": Conv(64, 20, padding=SAME, size=(1, 1)),
+    "one-output": Conv(16, 20, kernel=(7, 6)),
+    "row-kernel": Conv(32, 12, kernel=(1, 5), padding=(0, 0, 2, 2)),
+    "column-kernel": Conv(32, 12, kernel=(5, 1), padding=(2, 2, 0, 0)),
+    # 1 x 1
+    "pointwise": Conv(96, 40, kernel=(1, 1)),
+    "pointwise-ragged": Conv(37, 21, kernel=(1, 1)),
+    "pointwise-stride": Conv(48, 24, kernel=(1, 1), stride=(2, 2)),
+    "pointwise-padded": Conv(32, 8, kernel=(1, 1), padding=SAME),
+    # the first layer: fewer channels than a step, merged taps
+    "first": Conv(3, 24, stride=(2, 2), padding=SAME, size=(16, 16)),
+    "first-7x7": Conv(3, 16, kernel=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3), size=(15, 15)),
+    "first-dilated": Conv(3, 8, padding=(2, 2, 2, 2), dilation=(2, 2)),
+    "first-asymmetric": Conv(3, 8, stride=(2, 2), padding=(0, 1, 0, 1), size=(8, 9)),
+    "grey": Conv(1, 10, padding=SAME),
+    "grey-pointwise": Conv(1, 5, kernel=(1, 1)),
+    "seven-channels": Conv(7, 5, padding=SAME),
+    "fifteen-channels": Conv(15, 5, padding=SAME),
+    "thirty-one-channels": Conv(31, 5, padding=SAME),
+    # depthwise
+    "depthwise": Conv(40, 40, padding=SAME, groups=40),
+    "depthwise-stride": Conv(17, 17, stride=(2, 2), padding=SAME, groups=17),
+    "depthwise-5x5": Conv(64, 64, kernel=(5, 5), padding=(2, 2, 2, 2), groups=64),
+    "depthwise-7x7-dilated": Conv(
+        16, 16, kernel=(7, 7), padding=(6, 6, 6, 6), dilation=(2, 2), groups=16
+    ),
+    "depthwise-asymmetric": Conv(70, 70, padding=(0, 2, 1, 0), stride=(2, 1), groups=70),
+    "depthwise-wide": Conv(150, 150, padding=SAME, groups=150, batch=1),
+    "depthwise-two": Conv(2, 2, padding=SAME, groups=2),
+    "depthwise-pointwise": Conv(33, 33, kernel=(1, 1), groups=33),
+    "depthwise-beyond-image": Conv(20, 20, kernel=(9, 9), padding=(4, 4, 4, 4), groups=20),
+    # grouped
+    "multiplier": Conv(12, 24, padding=SAME, groups=12),
+    "multiplier-seventeen": Conv(3, 51, padding=SAME, groups=3),
+    "grouped": Conv(64, 32, padding=SAME, groups=2),
+    "grouped-ragged": Conv(99, 39, padding=SAME, groups=3),
+    "grouped-merged": Conv(12, 20, padding=SAME, groups=4, stride=(2, 1)),
+    "grouped-pointwise": Conv(80, 36, kernel=(1, 1), groups=4),
+    "grouped-narrowing": Conv(16, 8, padding=SAME, groups=8),
+}
+
+
+@lru_cache(maxsize=512)
+def case(fmt, activation, conv, group_size=None, zeros=False, bias=True, kind="uniform"):
+    """Random operands and what the oracle makes of them, kept for the next instruction set."""
+    rng = np.random.default_rng(conv.channels)
+    weights = random_weights(rng, fmt, conv.weight_shape, group_size, zeros, bias, kind)
+    x = rng.normal(size=(conv.batch, *conv.size, conv.channels)).astype(np.float32)
+    return x, weights, oracle.conv2d(x, *weights.astuple(), activation, **conv.geometry)
+
+
+def check(kernel, conv, *args, threads=1, **kwargs):
+    x, weights, expected = case(kernel.fmt, kernel.activation, conv, *args, **kwargs)
+    actual = core_conv2d(x, weights, kernel.activation, **conv.geometry, threads=threads)
+    assert_same_bits(actual, expected)
+
+
+def check_images(kernel, conv, x, weights):
+    expected = oracle.conv2d(x, *weights.astuple(), kernel.activation, **conv.geometry)
+    assert_same_bits(core_conv2d(x, weights, kernel.activation, **conv.geometry), expected)
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
+def test_shapes(kernel, conv):
+    check(kernel, conv)
+    check(kernel, conv, bias=False, threads=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "stride", "pointwise-ragged", "first-7x7", "depthwise-7x7-dilated", "multiplier"]
+    + ["grouped", "grouped-merged", "kernel-beyond-image"],
+)
+def test_groups_of_scales(kernel, name):
+    """Groups run over K with its padded taps, and need not align with taps."""
+    for group_size, zeros in ((32, False), (32, True), (64, True), (96, False), (4096, True)):
+        check(kernel, CONVS[name], group_size, zeros)
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_row_counts(kernel, width):
+    """Numbers of pixels around the rows of a tile, for the dense, merged and depthwise paths."""
+    for channels, groups in ((32, 1), (3, 1), (18, 18)):
+        out = channels if groups > 1 else 10
+        check(kernel, Conv(channels, out, padding=SAME, groups=groups, size=(2, width)))
+
+
+def test_threads(kernel):
+    for name in ("dense-large", "first", "depthwise-wide", "grouped-ragged", "pointwise"):
+        for threads in (2, 5):
+            check(kernel, CONVS[name], threads=threads)
+
+
+def test_no_images(kernel):
+    for name in ("dense", "first", "depthwise", "grouped"):
+        check(kernel, Conv(**{**vars(CONVS[name]), "batch": 0}))
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@given(data=st.data())
+def test_any_geometry(kernel, data):
+    def draw(strategy):
+        return data.draw(strategy)
+
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
+    depthwise = draw(st.integers(0, 3)) == 0
+    channels = draw(st.sampled_from((1, 2, 3, 4, 8, 17, 32, 40))) * groups
+    conv = Conv(
+        channels=channels,
+        out=channels if depthwise else draw(st.integers(1, 20)) * groups,
+        kernel=draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+        stride=draw(pairs),
+        padding=draw(st.tuples(*[st.integers(0, 4)] * 4)),
+        dilation=draw(pairs),
+        groups=channels if depthwise else groups,
+        batch=draw(st.integers(1, 3)),
+        size=draw(st.tuples(st.integers(1, 8), st.integers(1, 8))),
+    )
+    assume(min(conv.output_size) >= 1)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    group_size = draw(st.sampled_from((None, None, 32, 64)))
+    kind = draw(st.sampled_from(("uniform", "produced", "extreme")))
+    zeros, bias = draw(st.booleans()), draw(st.booleans())
+    weights = random_weights(rng, kernel.fmt, conv.weight_shape, group_size, zeros, bias, kind)
+    x = rng.normal(size=(conv.batch, *conv.size, channels)).astype(np.float32)
+    threads = draw(st.integers(1, 3))
+    expected = oracle.conv2d(x, *weights.astuple(), kernel.activation, **conv.geometry)
+    actual = core_conv2d(x, weights, kernel.activation, **conv.geometry, threads=threads)
+    assert_same_bits(actual, expected)
+
+
+# --- values --------------------------------------------------------------------------------------
+
+PATHS = ["dense", "pointwise-ragged", "first", "depthwise", "multiplier", "grouped-merged"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kind", ["lowest", "highest", "extreme"])
+def test_extreme_codes(kernel, name, kind, rng):
+    conv = CONVS[name]
+    top = oracle.LARGEST_CODE.get(kernel.activation, 1)
+    low = 127 * 256 - 128 if kernel.activation == "int16" else top  # splits into (127, -128)
+    shape = (conv.batch, *conv.size, conv.channels)
+    for x in (np.full(shape, top), np.full(shape, -top), rng.choice([top, -top, low, -low], shape)):
+        x[:, 0, 0, 0] = top  # scale 1
+        for group_size in (None, 32):
+            weights = random_weights(
+                rng, kernel.fmt, conv.weight_shape, group_size, True, kind=kind
+            )
+            check_images(kernel, conv, x.astype(np.float32), weights)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_special_images_beside_ordinary_ones(kernel, name, rng):
+    conv = CONVS[name]
+    ordinary = rng.normal(size=(*conv.size, conv.channels))
+    flt_min = float(oracle.FLT_MIN)
+    images = [ordinary.copy() for _ in range(14)]
+    images[1][0, 0, 0] = np.nan
+    images[3][-1, -1, -1] = np.inf
+    images[5][2, 3, -1] = -np.inf
+    images[6][:] = 0
+    images[7][:] = -0.0
+    images[8][0, 1, 0] = 1e38
+    images[9] *= 1e-41
+    images[10][:] = flt_min * 127
+    images[11][:] = flt_min * 0.999 * 127
+    images[12][:] = 3.4e38
+    x = np.array(images).astype(np.float32)
+    for group_size in (None, 64):
+        weights = random_weights(rng, kernel.fmt, conv.weight_shape, group_size, True)
+        check_images(kernel, conv, x, weights)
+    y = core_conv2d(x, weights, kernel.activation, **conv.geometry)
+    assert np.isnan(y[[1, 3, 5]]).all()
+    assert np.isfinite(y[[0, 2, 4, 13]]).all()
+    assert_same_bits(y[6], np.broadcast_to(weights.bias, y[6].shape).copy())
+    assert_same_bits(y[[0]], core_conv2d(x[[0]], weights, kernel.activation, **conv.geometry))
+
+
+def test_border_pixels_of_padding_alone_are_the_bias(kernel):
+    """Padding counts nothing, with binary activations too; the border is wider than the kernel."""
+    for groups in (1, 32):
+        conv = Conv(32, 32, kernel=(2, 2), padding=(3, 3, 3, 3), groups=groups, size=(2, 2))
+        x, weights, _ = case(kernel.fmt, kernel.activation, conv)
+        y = core_conv2d(x, weights, kernel.activation, **conv.geometry)
+        for row, column in ((0, 0), (1, 3), (-1, -1), (3, 0)):
+            np.testing.assert_array_equal(y[:, row, column], np.tile(weights.bias, (2, 1)))
+
+
+def test_pixels_below_and_right_of_the_last_tap_still_set_the_scale(kernel, rng):
+    """A stride can leave pixels that no tap reads: they belong to the image all the same."""
+    conv = Conv(32, 4, kernel=(2, 2), stride=(4, 4), size=(7, 7), batch=1)
+    weights = random_weights(rng, kernel.fmt, conv.weight_shape)
+    x = rng.normal(size=(1, 7, 7, 32)).astype(np.float32)
+    x[0, 6, 6, 5] = 50
+    check_images(kernel, conv, x, weights)
+    x[0, 6, 6, 5] = np.nan
+    assert np.isnan(core_conv2d(x, weights, kernel.activation, **conv.geometry)).all()
+
+
+def test_pointwise_on_one_pixel_is_linear(kernel, rng):
+    weights = random_weights(rng, kernel.fmt, (30, 64), 32, zeros=True)
+    x = rng.normal(size=(5, 64)).astype(np.float32)
+    expected = core_linear(x, weights, kernel.activation)
+    as_conv = type(weights)(weights.codes[:, None, None], *weights.astuple()[1:])
+    actual = core_conv2d(x[:, None, None], as_conv, kernel.activation)
+    assert_same_bits(actual[:, 0, 0], expected)
+
+
+def test_deep_sums_beyond_int32(kernel):
+    """One tap of as many channels as it takes to leave int32 (int8 weights)."""
+    channels = 140_000
+    x = np.full((1, 1, 1, channels), oracle.LARGEST_CODE.get(kernel.activation, 1), np.float32)
+    weights = deep_weights(kernel.fmt, channels)
+    expected = oracle.conv2d(x, *weights.astuple(), kernel.activation)
+    assert_same_bits(core_conv2d(x, weights, kernel.activation), expected)
+
+
+@lru_cache(maxsize=1)
+def deep_weights(fmt, channels):
+    weights = random_weights(np.random.default_rng(0), fmt, (3, 1, 1, channels))
+    weights.codes[0], weights.codes[1] = 0, oracle.FORMATS[fmt].max_code
+    return weights
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+FIELDS = ["batch", "height", "width", "channels", "out_channels", "out_height", "out_width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{name: -1} for name in FIELDS]
+    + [{name: 0} for name in ("stride_h", "stride_w", "dilation_h", "dilation_w", "groups")]
+    + [{"groups": 3}, {"groups": 2, "out_channels": 3}],
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_bad_geometry_is_refused(change):
+    memory = np.zeros(1 << 16, np.float32)
+    geometry = dict(zip(FIELDS, (1, 4, 4, 4, 2, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1), strict=True))
+    rest = (0, 0, 0, memory.ctypes.data, memory.ctypes.data, 0, 0, 0, 1)
+    y = np.zeros(1 << 12, np.float32)
+    _core.conv2d(memory.ctypes.data, y.ctypes.data, tuple(geometry.values()), *rest)
+    with pytest.raises(ValueError, match=r"\w"):
+        changed = tuple({**geometry, **change}.values())
+        _core.conv2d(memory.ctypes.data, y.ctypes.data, changed, *rest)
