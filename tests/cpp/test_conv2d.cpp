@@ -1,0 +1,189 @@
+// lowbit::conv2d equals the naive reference, bit for bit, and touches nothing but its operands.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "operands.h"
+#include "reference.h"
+
+using namespace lowbit;
+using namespace lowbit::test;
+
+namespace {
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad_begin,
+                    int64_t pad_end, int64_t dilation) {
+  return (size + pad_begin + pad_end - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+std::string describe(Format format, Activation activation, const Conv2dGeometry& g, Groups groups) {
+  std::ostringstream s;
+  s << name(format, activation) << "images " << g.batch << "x" << g.height << "x" << g.width << "x"
+    << g.channels << " -> " << g.out_height << "x" << g.out_width << "x" << g.out_channels
+    << ", kernel " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h << "x"
+    << g.stride_w << ", pad " << g.pad_top << "x" << g.pad_left << ", dilation " << g.dilation_h
+    << "x" << g.dilation_w << ", groups " << g.groups << ", group_size " << groups.size
+    << (groups.zeros ? " with zeros" : "");
+  return s.str();
+}
+
+// Codes [out_channels, K], those of the padding inside taps 0, as the file has them.
+std::vector<uint8_t> conv_codes(Lcg& draw, Format format, const Conv2dGeometry& g, Codes kind) {
+  const int64_t k = conv2d_depth(format, g), taps = g.kernel_h * g.kernel_w;
+  const int64_t per_tap = k / taps, used = g.channels / g.groups;
+  std::vector<uint8_t> codes = make_codes(draw, format, g.out_channels * k, kind);
+  for (size_t i = 0; i < codes.size(); ++i)
+    if (static_cast<int64_t>(i) % per_tap >= used) codes[i] = 0;
+  return codes;
+}
+
+void check(Lcg& draw, Format format, Activation activation, const Conv2dGeometry& g) {
+  const Groups groups = draw.pick(kAllGroups);
+  const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
+  const std::string what = describe(format, activation, g, groups);
+  const std::vector<uint8_t> codes = conv_codes(draw, format, g, draw.pick(kAllCodes));
+  const GuardedWeights weights(draw, format, g.out_channels, conv2d_depth(format, g), codes, groups,
+                               draw.one_in(2), edge, g.depthwise() ? 1 : g.groups);
+  const std::vector<float> x =
+      make_rows(draw, activation, g.batch, g.height * g.width * g.channels);
+  const size_t count = static_cast<size_t>(g.batch * g.out_height * g.out_width * g.out_channels);
+  std::vector<float> expected(count);
+  reference::conv2d(x.data(), g, weights.get(), activation, expected.data());
+  const GuardedBuffer<float> in(x, edge);
+  for (int threads : {1, static_cast<int>(2 + draw.below(4))}) {
+    GuardedBuffer<float> out(count, edge);
+    conv2d(in.data(), g, weights.get(), activation, out.data(), threads);
+    const std::string problem = difference(out.data(), expected.data(), count);
+    CHECK_MESSAGE(problem.empty(), what << ", threads " << threads << ": " << problem);
+    CHECK_MESSAGE(out.intact(), what << ", threads " << threads << ": wrote outside of y");
+  }
+}
+
+// Spatial geometry at random; kernels that overlap the image in part, or lie in the padding alone.
+Conv2dGeometry random_geometry(Lcg& draw, int64_t channels, int64_t out_channels, int64_t groups) {
+  constexpr int64_t kKernels[][2] = {{1, 1}, {1, 1}, {2, 2}, {3, 3},
+                                     {3, 3}, {5, 5}, {1, 7}, {4, 1}};
+  for (;;) {
+    Conv2dGeometry g{};
+    g.batch = 1 + draw.below(3);
+    g.height = 1 + draw.below(9);
+    g.width = 1 + draw.below(9);
+    g.channels = channels;
+    g.out_channels = out_channels;
+    const auto& kernel = draw.pick(kKernels);
+    g.kernel_h = kernel[0];
+    g.kernel_w = kernel[1];
+    g.stride_h = 1 + draw.below(3);
+    g.stride_w = 1 + draw.below(3);
+    g.pad_top = draw.below(4);
+    g.pad_left = draw.below(4);
+    g.dilation_h = 1 + draw.below(2);
+    g.dilation_w = 1 + draw.below(2);
+    g.groups = groups;
+    // Padding below and to the right differs from that above and to the left.
+    g.out_height =
+        output_size(g.height, g.kernel_h, g.stride_h, g.pad_top, draw.below(4), g.dilation_h);
+    g.out_width =
+        output_size(g.width, g.kernel_w, g.stride_w, g.pad_left, draw.below(4), g.dilation_w);
+    if (g.out_height >= 1 && g.out_width >= 1) return g;
+  }
+}
+
+constexpr int64_t kChannels[] = {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 40, 64, 70};
+
+}  // namespace
+
+TEST_CASE("dense convolutions") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(21);
+    for (int64_t channels : kChannels)
+      for (int i = 0; i < 3; ++i)
+        check(draw, format, activation, random_geometry(draw, channels, 1 + draw.below(80), 1));
+  });
+}
+
+TEST_CASE("1x1 convolutions") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(22);
+    for (int64_t channels : kChannels) {
+      Conv2dGeometry g{};
+      g.batch = 2;
+      g.height = g.out_height = 1 + draw.below(8);
+      g.width = g.out_width = 1 + draw.below(8);
+      g.channels = channels;
+      g.out_channels = 1 + draw.below(70);
+      g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+      g.groups = 1;
+      check(draw, format, activation, g);
+    }
+  });
+}
+
+TEST_CASE("grouped convolutions") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(23);
+    for (int64_t groups : {2, 3, 4}) {
+      for (int64_t per_group : {1, 2, 5, 16, 33}) {
+        const int64_t out_per_group = 1 + draw.below(20) + (per_group == 1 ? 1 : 0);
+        check(draw, format, activation,
+              random_geometry(draw, groups * per_group, groups * out_per_group, groups));
+      }
+    }
+  });
+}
+
+TEST_CASE("depthwise convolutions") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(24);
+    for (int64_t channels : {2, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80, 130})
+      for (int i = 0; i < 2; ++i)
+        check(draw, format, activation, random_geometry(draw, channels, channels, channels));
+  });
+}
+
+TEST_CASE("depthwise convolutions of many taps") {
+  // More taps than a group has, and more than a step holds.
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(25);
+    Conv2dGeometry g{};
+    g.batch = 1;
+    g.height = g.width = g.out_height = g.out_width = 5;
+    g.channels = g.out_channels = g.groups = 20;
+    g.kernel_h = 7;
+    g.kernel_w = 11;
+    g.pad_top = 3;
+    g.pad_left = 5;
+    g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+    for (int i = 0; i < 4; ++i) check(draw, format, activation, g);
+  });
+}
+
+TEST_CASE("an image large enough for several threads") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(26);
+    Conv2dGeometry g{};
+    g.batch = 2;
+    g.height = g.width = 21;
+    g.channels = 36;
+    g.out_channels = 67;
+    g.kernel_h = g.kernel_w = 3;
+    g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+    g.pad_top = g.pad_left = 1;
+    g.out_height = g.out_width = 21;
+    g.groups = 1;
+    check(draw, format, activation, g);
+    g.stride_h = g.stride_w = 2;
+    g.out_height = g.out_width = 11;
+    check(draw, format, activation, g);
+  });
+}
+
+TEST_CASE("no images") {
+  Lcg draw(27);
+  Conv2dGeometry g = random_geometry(draw, 5, 6, 1);
+  g.batch = 0;
+  for_each_pair([&](Format format, Activation activation) { check(draw, format, activation, g); });
+}

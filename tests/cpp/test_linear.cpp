@@ -1,0 +1,157 @@
+// lowbit::linear equals the naive reference, bit for bit, and touches nothing but its operands.
+#include <doctest/doctest.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "operands.h"
+#include "reference.h"
+
+using namespace lowbit;
+using namespace lowbit::test;
+
+namespace {
+
+void check(const std::string& what, const std::vector<float>& x, int64_t m, const Weights& weights,
+           Activation activation, Edge edge, std::initializer_list<int> thread_counts) {
+  const size_t count = static_cast<size_t>(m * weights.n);
+  std::vector<float> expected(count);
+  reference::linear(x.data(), m, weights, activation, expected.data());
+  const GuardedBuffer<float> in(x, edge);
+  for (int threads : thread_counts) {
+    GuardedBuffer<float> out(count, edge);
+    linear(in.data(), m, weights, activation, out.data(), threads);
+    const std::string problem = difference(out.data(), expected.data(), count);
+    CHECK_MESSAGE(problem.empty(), what << ", threads " << threads << ": " << problem);
+    CHECK_MESSAGE(out.intact(), what << ", threads " << threads << ": wrote outside of y");
+  }
+}
+
+std::string describe(Format format, Activation activation, int64_t m, int64_t n, int64_t k,
+                     Groups groups, bool bias) {
+  std::ostringstream s;
+  s << name(format, activation) << "m " << m << ", n " << n << ", k " << k << ", group_size "
+    << groups.size << (groups.zeros ? " with zeros" : "") << (bias ? ", bias" : "");
+  return s.str();
+}
+
+// One random case of the given sizes.
+void check_random(Lcg& draw, Format format, Activation activation, int64_t m, int64_t n,
+                  int64_t k) {
+  const Groups groups = draw.pick(kAllGroups);
+  const bool bias = draw.one_in(2);
+  const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
+  const std::vector<uint8_t> codes = make_codes(draw, format, n * k, draw.pick(kAllCodes));
+  const GuardedWeights weights(draw, format, n, k, codes, groups, bias, edge);
+  const std::vector<float> x = make_rows(draw, activation, m, k);
+  check(describe(format, activation, m, n, k, groups, bias), x, m, weights.get(), activation, edge,
+        {1, static_cast<int>(2 + draw.below(4))});
+}
+
+}  // namespace
+
+TEST_CASE("any number of rows") {
+  // 1 to a little more than two tiles, whatever the tile of the ISA.
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(11);
+    for (int64_t m = 1; m <= 17; ++m) check_random(draw, format, activation, m, 65, 71);
+  });
+}
+
+TEST_CASE("any number of channels") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(12);
+    for (int64_t n = 1; n <= 70; n += n < 5 || n % 16 > 13 || n % 16 < 2 ? 1 : 3)
+      check_random(draw, format, activation, 1 + draw.below(7), n, 64);
+  });
+}
+
+TEST_CASE("any depth") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(13);
+    for (int64_t k = 1; k <= 140; ++k)
+      check_random(draw, format, activation, 1 + draw.below(3), 18, k);
+  });
+}
+
+TEST_CASE("random sizes") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(14);
+    for (int i = 0; i < 40; ++i)
+      check_random(draw, format, activation, 1 + draw.below(20), 1 + draw.below(200),
+                   1 + draw.below(400));
+  });
+}
+
+TEST_CASE("no rows, no depth") {
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(15);
+    check_random(draw, format, activation, 0, 20, 40);
+    check_random(draw, format, activation, 3, 20, 0);
+  });
+}
+
+TEST_CASE("sums that leave int32 are exact") {
+  // 140,000 products of the largest codes; the sum of int16 ones needs 38 bits.
+  constexpr int64_t kDepth = 140000;
+  for_each_pair([](Format format, Activation activation) {
+    for (Codes kind : {Codes::kLowest, Codes::kHighest}) {
+      for (const Groups groups : {Groups{0, false}, Groups{kDepth / 32 * 32, true}}) {
+        Lcg draw(16);
+        const std::vector<uint8_t> codes = make_codes(draw, format, 3 * kDepth, kind);
+        const GuardedWeights weights(draw, format, 3, kDepth, codes, groups, true, Edge::kEnd);
+        std::vector<float> x(static_cast<size_t>(2 * kDepth));
+        for (int64_t i = 0; i < kDepth; ++i) {
+          x[static_cast<size_t>(i)] = make_value(draw, activation, Values::kSameSign);
+          x[static_cast<size_t>(kDepth + i)] = make_value(draw, activation, Values::kUniform);
+        }
+        check(describe(format, activation, 2, 3, kDepth, groups, true), x, 2, weights.get(),
+              activation, Edge::kEnd, {2});
+      }
+    }
+  });
+}
+
+TEST_CASE("every float16 as a group scale and as a group zero") {
+  // One channel for each of the 65,536 patterns; k = 32 is one group.
+  constexpr int64_t kPatterns = 65536, kDepth = 32;
+  Lcg draw(17);
+  const std::vector<uint8_t> codes =
+      make_codes(draw, Format::int4, kPatterns * kDepth, Codes::kUniform);
+  std::vector<uint8_t> packed(
+      static_cast<size_t>(packed_panels(kPatterns) * packed_steps(Format::int4, kDepth) * 64));
+  pack(codes.data(), kPatterns, kDepth, Format::int4, packed.data());
+  const std::vector<float> scale(kPatterns, 0.25f);
+  std::vector<uint16_t> pattern(kPatterns), one(kPatterns, 0x3C00);
+  for (size_t i = 0; i < pattern.size(); ++i) pattern[i] = static_cast<uint16_t>(i);
+  std::vector<float> x;
+  for (int64_t i = 0; i < kDepth; ++i)
+    x.push_back(make_value(draw, Activation::int8, Values::kUniform));
+  const Weights as_scale{Format::int4, kPatterns,      kDepth,  32,     packed.data(),
+                         scale.data(), pattern.data(), nullptr, nullptr};
+  const Weights as_zero{Format::int4, kPatterns,  kDepth,         32,     packed.data(),
+                        scale.data(), one.data(), pattern.data(), nullptr};
+  check("float16 scales", x, 1, as_scale, Activation::int8, Edge::kEnd, {1, 2});
+  check("float16 zeros", x, 1, as_zero, Activation::int8, Edge::kEnd, {1, 2});
+}
+
+TEST_CASE("rows do not see each other") {
+  // A row alone gives the bits that it gives among others.
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(18);
+    constexpr int64_t kRows = 9, kChannels = 35, kDepth = 77;
+    const std::vector<uint8_t> codes =
+        make_codes(draw, format, kChannels * kDepth, Codes::kUniform);
+    const GuardedWeights weights(draw, format, kChannels, kDepth, codes, {32, true}, true,
+                                 Edge::kEnd);
+    const std::vector<float> x = make_rows(draw, activation, kRows, kDepth);
+    std::vector<float> all(kRows * kChannels), alone(kChannels);
+    linear(x.data(), kRows, weights.get(), activation, all.data(), 2);
+    for (int64_t r = 0; r < kRows; ++r) {
+      linear(x.data() + r * kDepth, 1, weights.get(), activation, alone.data(), 1);
+      const std::string problem = difference(alone.data(), all.data() + r * kChannels, kChannels);
+      CHECK_MESSAGE(problem.empty(), name(format, activation) << "row " << r << ": " << problem);
+    }
+  });
+}
