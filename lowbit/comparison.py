@@ -1,0 +1,206 @@
+"""What `compare` returns: one row per model, as dicts, JSON, a plot, or tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from lowbit.quality import Quality
+from lowbit.timing import Ratio, Timing
+
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison. What could not be measured is None, and `notes` says why.
+
+    Attributes:
+        name: the candidate's name; "float32" (the model's dtype) or "torch int8".
+        kind: "float", "torch" or "candidate".
+        timing: seconds of a call with the first batch.
+        samples_per_second: batch size over the median.
+        speedup: over the float model: ratio of the times, per round.
+        speedup_over_torch: the same over torch INT8.
+        weight_bytes: parameters and buffers, each storage once.
+        file_bytes: size when saved: safetensors for models with lowbit layers, else `torch.save`
+            of the state dict.
+        memory_growth_bytes: resident memory that a warm call takes on top of the process's.
+        peak_memory_bytes: the process's peak resident memory meanwhile, all models included.
+        quality: against the float model; None for that itself.
+        notes: engine and method of torch INT8, or why something is missing.
+    """
+
+    name: str
+    kind: str
+    timing: Timing | None = None
+    samples_per_second: float | None = None
+    speedup: Ratio | None = None
+    speedup_over_torch: Ratio | None = None
+    weight_bytes: int | None = None
+    file_bytes: int | None = None
+    memory_growth_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    quality: Quality | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, nested dataclasses as dicts."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("timing", "speedup", "speedup_over_torch", "quality"):
+            values[name] = None if values[name] is None else values[name].to_dict()
+        return values | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`: the float model first, then torch INT8, then the candidates.
+
+    Attributes:
+        model: class name of the float model.
+        cpu: name of the CPU.
+        isa: instruction set that lowbit's kernels used.
+        threads: threads that torch and lowbit used.
+        batch_size: samples in the batch that was timed.
+        batches: batches that the quality is taken over.
+        torch_version: torch's version.
+        rows: one per model.
+    """
+
+    model: str
+    cpu: str
+    isa: str
+    threads: int
+    batch_size: int
+    batches: int
+    torch_version: str
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by name; times in seconds, sizes in bytes, agreements as shares."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"rows": [row.to_dict() for row in self.rows]}
+
+    def to_json(self) -> str:
+        """`to_dict` as indented, strict JSON: NaN and infinities as "nan", "inf" and "-inf"."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws speed-up against SQNR into a file (PNG, SVG or PDF by its suffix)."""
+        from lowbit.plot import plot
+
+        plot(self, path)
+
+    @property
+    def title(self) -> str:
+        """Model, batch, threads, ISA and CPU in one line."""
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        return f"{self.model}, batch {self.batch_size}, {threads}, {self.isa}, {self.cpu}"
+
+    def __str__(self) -> str:
+        return _render(self)
+
+
+def _finite(value: Any) -> Any:
+    """Non-finite floats as the strings that `float()` takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+_Column = tuple[str, Callable[[Row], str]]
+
+
+def _text(value: float | None, spec: str, factor: float = 1.0) -> str:
+    return "-" if value is None else format(value * factor, spec)
+
+
+def _spread(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "-"
+    return str(ratio) if ratio.p10 != ratio.p90 else f"{ratio.median:.2f}"
+
+
+def _time_column(header: str, of: Callable[[Timing], float]) -> _Column:
+    return header, lambda row: "-" if row.timing is None else f"{of(row.timing) * 1e3:.3f}"
+
+
+def _quality_column(header: str, field: str, spec: str, factor: float = 1.0) -> _Column:
+    def cell(row: Row) -> str:
+        return _text(None if row.quality is None else getattr(row.quality, field), spec, factor)
+
+    return header, cell
+
+
+_SPEED: list[_Column] = [
+    _time_column("first\nms", lambda t: t.first),
+    _time_column("mean\nms", lambda t: t.mean),
+    _time_column("std\nms", lambda t: t.std),
+    _time_column("p50\nms", lambda t: t.p50),
+    _time_column("p95\nms", lambda t: t.p95),
+    ("samples\nper s", lambda row: _text(row.samples_per_second, ".1f")),
+    ("speed-up over\nfloat (p10-p90)", lambda row: _spread(row.speedup)),
+    ("over torch int8\n(p10-p90)", lambda row: _spread(row.speedup_over_torch)),
+]
+_SIZE: list[_Column] = [
+    ("weights\nMB", lambda row: _text(row.weight_bytes, ".3f", 1e-6)),
+    ("file\nMB", lambda row: _text(row.file_bytes, ".3f", 1e-6)),
+    ("call\nMB", lambda row: _text(row.memory_growth_bytes, ".1f", 1e-6)),
+]
+_QUALITY: list[_Column] = [
+    _quality_column("SQNR\ndB", "sqnr_db", ".1f"),
+    _quality_column("cosine", "cosine", ".5f"),
+    _quality_column("max abs\nerror", "max_abs_error", ".3g"),
+    _quality_column("top-1\n%", "top1_agreement", ".1f", 100),
+    _quality_column("top-5\n%", "top5_agreement", ".1f", 100),
+    _quality_column("KL\nnats", "kl_divergence", ".2g"),
+    _quality_column("prob.\nshift", "probability_shift", ".2g"),
+]
+
+
+def _render(result: Comparison) -> str:
+    """Tables of at most 120 columns: all in one if it fits, else speed and size, then quality."""
+    measured = [c for c in _QUALITY if any(c[1](row) != "-" for row in result.rows)]
+    tables: list[list[_Column]] = []
+    for group in (_SPEED, _SIZE, measured):
+        if tables and _width(_table(result, [*tables[-1], *group])) <= _WIDTH:
+            tables[-1] = [*tables[-1], *group]
+        else:
+            tables.append(list(group))
+    notes = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
+    timed = next(row.timing for row in result.rows if row.timing is not None)
+    notes += [f"torch {result.torch_version}, {timed.rounds} rounds, {result.batches} batch(es)."]
+    notes += ["call MB: resident memory that a warm call takes on top of the loaded models."]
+    for row in result.rows:
+        if row.quality is not None and row.quality.nonfinite_output:
+            count, total = row.quality.nonfinite_output, row.quality.elements
+            notes.append(f"{row.name}: {count} of {total} outputs are NaN or infinite.")
+    return "\n\n".join(
+        [result.title, *(_table(result, columns) for columns in tables), "\n".join(notes)]
+    )
+
+
+def _table(result: Comparison, columns: Sequence[_Column]) -> str:
+    cells = [[row.name, *(cell(row) for _, cell in columns)] for row in result.rows]
+    headers = ["", *(header for header, _ in columns)]
+    align = ("left", *("right" for _ in columns))
+    return tabulate(cells, headers=headers, colalign=align, disable_numparse=True)
+
+
+def _width(table: str) -> int:
+    return max(len(line) for line in table.splitlines())
