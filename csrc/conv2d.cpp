@@ -1,0 +1,93 @@
+// The Conv2d op: quantize the images to NHWC codes, then blocks of output pixels. A block copies
+// its receptive fields to rows (im2col, a block at a time) and multiplies them as Linear does; a
+// 1x1 convolution needs no copy; a depthwise one has a microkernel of its own.
+#include <algorithm>
+
+#include "depthwise.h"
+#include "dispatch.h"
+#include "im2col.h"
+#include "lowbit.h"
+#include "parallel.h"
+
+namespace lowbit {
+
+int64_t tap_channels(Format format, int64_t channels_per_group) {
+  const int64_t depth = traits(format).depth();
+  return channels_per_group < depth ? channels_per_group : round_up(channels_per_group, depth);
+}
+
+int64_t conv2d_depth(Format format, const Conv2dGeometry& g) {
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  return g.depthwise() ? taps : taps * tap_channels(format, g.channels / g.groups);
+}
+
+namespace {
+
+constexpr int64_t kBlockBytes =
+    256 * 1024;  // rows of a block: they stay in L2 while all channels pass
+constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
+
+// The weights of one group of a convolution.
+Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& depth,
+                      int64_t group) {
+  Weights w = all;
+  w.n = g.out_channels / g.groups;
+  w.packed += group * packed_panels(w.n) * depth.steps * kVectorBytes;
+  w.scale += group * w.n;
+  if (w.bias) w.bias += group * w.n;
+  if (w.group_scale) w.group_scale += group * w.n * depth.groups;
+  if (w.group_zero) w.group_zero += group * w.n * depth.groups;
+  return w;
+}
+
+// How many blocks an image is cut into: they fit the cache, and there is one for each thread.
+int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int threads) {
+  const int64_t pixels = g.out_height * g.out_width;
+  const int64_t block =
+      std::clamp(kBlockBytes / std::max<int64_t>(weights.k, 1), kMinBlock, kMaxBlock);
+  const int64_t wanted = std::max(ceil_div(pixels, block), ceil_div(threads, g.batch));
+  return std::min(pixels, round_up(wanted, g.batch % threads == 0 ? 1 : threads));
+}
+
+}  // namespace
+
+void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Activation activation,
+            float* y, int threads) {
+  const int64_t pixels = g.out_height * g.out_width;
+  if (g.batch * pixels * g.out_channels == 0) return;
+  const Kernel& kernel = lowbit::kernel();
+  const Depth depth(weights.format, weights.k, weights.group_size);
+  const int64_t width = g.channels / g.groups;
+  // As bits only where a tap is whole vectors, and without zero points (they need the sum of the
+  // activations).
+  const bool use_bits = traits(weights.format).bits == 1 && activation == Activation::binary &&
+                        !g.depthwise() && width >= traits(weights.format).depth() &&
+                        !weights.group_zero;
+  static thread_local Scratch scratch;
+  Images images(kernel, g, activation, use_bits, scratch);
+  threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
+  const int64_t blocks = blocks_per_image(g, weights, threads);
+
+  parallel(threads, [&](int thread, int team) {
+    images.quantize(x, thread, team);
+    static thread_local Scratch rows_scratch;
+    const Range mine = part(g.batch * blocks, thread, team);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      const int64_t image = b / blocks;
+      const Range block = part(pixels, b % blocks, blocks);
+      const int64_t count = block.end - block.begin;
+      if (g.depthwise()) {
+        depthwise(kernel, g, weights, depth, images, image, block.begin, count, y);
+        continue;
+      }
+      Columns columns(kernel, g, weights, depth, images, count, rows_scratch);
+      for (int64_t group = 0; group < g.groups; ++group) {
+        const Weights w = group_weights(weights, g, depth, group);
+        gemm(kernel, w, depth, columns.fill(image, block.begin, count, group), 0, w.n,
+             y + (image * pixels + block.begin) * g.out_channels + group * w.n, g.out_channels);
+      }
+    }
+  });
+}
+
+}  // namespace lowbit

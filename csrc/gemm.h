@@ -1,0 +1,52 @@
+// The driver between a layer and the microkernel: tiles, groups, chunks of K, epilogue. One thread,
+// no intrinsics.
+#pragma once
+
+#include "kernel.h"
+#include "lowbit.h"
+
+namespace lowbit {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// How K is cut: into groups with scales of their own (one without), and those into chunks whose
+// int32 sums are exact.
+struct Depth {
+  Depth(Format format, int64_t k, int64_t group_size);
+
+  struct Chunk {
+    int64_t step, steps;  // 64-byte vectors of a panel: the first, how many
+    int64_t k, size;      // the same in k; the last one ends with K
+  };
+  Chunk chunk(int64_t group, int64_t index) const;
+  int64_t chunks() const { return groups * chunks_per_group; }
+
+  int64_t groups;
+  int64_t chunks_per_group;  // 1, but for a K or a group above kChunk
+  int64_t steps;             // of a whole panel
+
+ private:
+  int64_t k_, depth_, group_k_, chunk_k_;
+};
+
+// The activations of some rows; row r, plane p lies at (r * planes + p) * pitch.
+struct Rows {
+  int64_t count = 0;
+  int planes = 1;  // 2: int16 as hi, lo
+  const int8_t* codes =
+      nullptr;  // zero from K to the end of the last step; null where bits are used
+  const uint32_t* bits = nullptr;  // W1A1: 1 where x < 0, so that bit w != bit a is an agreement
+  const uint32_t* mask = nullptr;  // which bits count, or null: all up to K
+  ptrdiff_t pitch = 0;             // in elements of codes or bits
+  const float* scale = nullptr;    // [count]
+  const int32_t* sums =
+      nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
+};
+
+// y[r][c] for all rows and the channels [begin, end) of `weights`; begin is a multiple of
+// kernel.nr.
+void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+          int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch);
+
+}  // namespace lowbit

@@ -1,0 +1,84 @@
+#include "images.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "activations.h"
+#include "parallel.h"
+
+namespace lowbit {
+
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activation, bool use_bits,
+               Scratch& scratch)
+    : kernel_(kernel),
+      geometry_(g),
+      activation_(activation),
+      planes_(lowbit::planes(activation)),
+      // The depthwise microkernel reads whole panels of channels.
+      pitch_(g.depthwise() ? round_up(g.channels, kPanel) : g.channels),
+      words_(ceil_div(g.channels / g.groups, 32)),
+      elements_(g.height * g.width * g.channels) {
+  const int64_t pixels = g.batch * g.height * g.width;
+  const int64_t codes = use_bits ? 0 : pixels * planes_ * pitch_;
+  const int64_t bits = use_bits ? pixels * g.groups * words_ : 0;
+  scratch.reserve(Scratch::bytes<int8_t>(codes) + Scratch::bytes<int8_t>(pitch_) +
+                  Scratch::bytes<uint32_t>(bits) + Scratch::bytes<std::atomic<uint32_t>>(g.batch) +
+                  2 * Scratch::bytes<float>(g.batch));
+  codes_ = scratch.take<int8_t>(codes);
+  zeros_ = scratch.take<int8_t>(pitch_);
+  std::memset(zeros_, 0, static_cast<size_t>(pitch_));
+  if (use_bits) bits_ = scratch.take<uint32_t>(bits);
+  amax_ = scratch.take<std::atomic<uint32_t>>(g.batch);
+  for (int64_t i = 0; i < g.batch; ++i) new (amax_ + i) std::atomic<uint32_t>(0);
+  scale_ = scratch.take<float>(g.batch);
+  inverse_ = scratch.take<float>(g.batch);
+}
+
+void Images::quantize(const float* x, int thread, int team) {
+  const int64_t pixels = geometry_.height * geometry_.width;
+  for (int64_t i = 0; i < geometry_.batch; ++i) {
+    const Range mine = part(elements_, thread, team);
+    const uint32_t largest =
+        kernel_.amax_bits(x + i * elements_ + mine.begin, mine.end - mine.begin);
+    uint32_t seen = amax_[i].load(std::memory_order_relaxed);
+    while (seen < largest && !amax_[i].compare_exchange_weak(seen, largest)) {
+    }
+  }
+  team_barrier(team);
+  for (int64_t i = thread; i < geometry_.batch; i += team) {
+    const UnitScale unit = unit_scale(kernel_, activation_, amax_[i], x + i * elements_, elements_);
+    scale_[i] = unit.scale;
+    inverse_[i] = unit.inverse;
+  }
+  team_barrier(team);
+  for (int64_t i = 0; i < geometry_.batch; ++i) {
+    const Range mine = part(pixels, thread, team);
+    encode_pixels(x + i * elements_, i, mine.begin, mine.end);
+  }
+  team_barrier(team);
+}
+
+void Images::encode_pixels(const float* x, int64_t image, int64_t begin, int64_t end) {
+  const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
+  if (bits_) {
+    const int64_t width = channels / geometry_.groups;
+    uint32_t* out = bits_ + (image * pixels + begin) * geometry_.groups * words_;
+    for (const float* p = x + begin * channels; p < x + end * channels; p += width, out += words_)
+      kernel_.binarize_bits(p, width, out);
+    return;
+  }
+  const UnitScale unit{scale_[image], inverse_[image]};
+  int8_t* q = codes_ + image * planes_ * pixels * pitch_;
+  int8_t* lo = q + pixels * pitch_;
+  if (pitch_ == channels)
+    return encode(kernel_, activation_, unit, x + begin * channels, (end - begin) * channels,
+                  q + begin * pitch_, lo + begin * pitch_);
+  for (int64_t i = begin; i < end; ++i) {
+    encode(kernel_, activation_, unit, x + i * channels, channels, q + i * pitch_, lo + i * pitch_);
+    for (int p = 0; p < planes_; ++p)
+      std::memset((p ? lo : q) + i * pitch_ + channels, 0, static_cast<size_t>(pitch_ - channels));
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,86 @@
+// AVX2 with FMA and F16C: Haswell, Zen and later. A 64-byte vector is two registers.
+//
+// vpmaddubsw saturates at 16 bits, so it may only see codes whose pair sums fit; 8-bit codes are
+// widened instead.
+#define LOWBIT_KERNEL_NAME avx2
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "compile this file with the flags of its row in isas.inc"
+#endif
+#include <immintrin.h>
+
+#include "begin.inl"
+
+using Reg = __m256i;
+constexpr int kRegs = 2, kMr = 4, kPanels = 1;  // 8 accumulators + weights + activation + constants
+
+inline Reg zero() { return _mm256_setzero_si256(); }
+inline Reg load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Reg*>(p)); }
+inline void store(int32_t* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<Reg*>(p), v); }
+inline Reg ones() { return _mm256_set1_epi8(1); }
+inline Reg broadcast(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm256_set1_epi32(x);
+}
+inline void opaque(Reg& v) { asm volatile("" : "+x"(v)); }
+using FloatReg = __m256;
+inline FloatReg float_ones() { return _mm256_set1_ps(1.0f); }
+inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
+inline void opaque_float(FloatReg& v) { asm volatile("" : "+x"(v)); }
+
+template <int B, int P>
+inline Reg unpack(Reg v) {
+  if constexpr (B == 8) {
+    return v;
+  } else {
+    const Reg shifted = P == 0 ? v : _mm256_srli_epi16(v, B * P);
+    return _mm256_and_si256(shifted, _mm256_set1_epi8((1 << B) - 1));
+  }
+}
+
+template <int B>
+inline Reg dot(Reg acc, Reg u, Reg a) {
+  if constexpr (B == 8) {
+    // Even and odd bytes as 16-bit lanes; a pair of products is below 2 * 255 * 128 and exact in 32
+    // bits.
+    const Reg u_even = _mm256_and_si256(u, _mm256_set1_epi16(0xff));
+    const Reg u_odd = _mm256_srli_epi16(u, 8);
+    const Reg a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+    const Reg a_odd = _mm256_srai_epi16(a, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u_even, a_even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(u_odd, a_odd));
+  } else {
+    static_assert(2 * ((1 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
+    return _mm256_add_epi32(acc,
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), _mm256_set1_epi16(1)));
+  }
+}
+
+inline Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
+inline Reg bit_and(Reg a, Reg b) { return _mm256_and_si256(a, b); }
+
+inline Reg popcount_add(Reg acc, Reg v) {
+  const Reg table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const Reg low = _mm256_set1_epi8(0x0f);
+  const Reg count =
+      _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+  return dot<4>(acc, count, ones());
+}
+
+inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,
+                       Reg (&out)[2]) {
+  const auto get = [](const int8_t* t) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(t));
+  };
+  const __m128i a = get(t0), b = get(t1), c = get(t2), d = get(t3);
+  const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
+  const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
+  out[0] = _mm256_set_m128i(_mm_unpackhi_epi16(ab0, cd0), _mm_unpacklo_epi16(ab0, cd0));
+  out[1] = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
+}
+
+#include "microkernel.inl"
+#include "rows.inl"
+#include "table.inl"

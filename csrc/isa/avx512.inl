@@ -1,0 +1,55 @@
+// The vocabulary of AVX-512-VNNI, but for popcount_add. A 64-byte vector is one register; vpdpbusd
+// is dot.
+#include <immintrin.h>
+
+#include "begin.inl"
+
+using Reg = __m512i;
+constexpr int kRegs = 1, kMr = 6, kPanels = 4;  // 24 accumulators + 4 weights + 1 activation
+
+inline Reg zero() { return _mm512_setzero_si512(); }
+inline Reg load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, Reg v) { _mm512_storeu_si512(p, v); }
+inline Reg ones() { return _mm512_set1_epi8(1); }
+inline Reg broadcast(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+inline void opaque(Reg& v) { asm volatile("" : "+v"(v)); }
+using FloatReg = __m512;
+inline FloatReg float_ones() { return _mm512_set1_ps(1.0f); }
+inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
+inline void opaque_float(FloatReg& v) { asm volatile("" : "+v"(v)); }
+
+template <int B, int P>
+inline Reg unpack(Reg v) {
+  if constexpr (B == 8) {
+    return v;
+  } else {
+    const Reg shifted = P == 0 ? v : _mm512_srli_epi16(v, B * P);
+    // The top field of a 16-bit shift brings in the neighbour's bits: mask it as well.
+    return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << B) - 1));
+  }
+}
+
+template <int B>
+inline Reg dot(Reg acc, Reg u, Reg a) {
+  return _mm512_dpbusd_epi32(acc, u, a);
+}
+
+inline Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
+inline Reg bit_and(Reg a, Reg b) { return _mm512_and_si512(a, b); }
+
+inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,
+                       Reg (&out)[1]) {
+  const auto get = [](const int8_t* t) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(t));
+  };
+  const __m128i a = get(t0), b = get(t1), c = get(t2), d = get(t3);
+  const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
+  const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
+  const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(ab0, cd0), _mm_unpacklo_epi16(ab0, cd0));
+  const __m256i high = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
+  out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}

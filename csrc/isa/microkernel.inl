@@ -1,0 +1,208 @@
+// The integer microkernels, once, over the vocabulary that an ISA's file defines before it includes
+// this one:
+//
+//   Reg                     a register of int32 lanes; kRegs of them make one 64-byte vector
+//   kMr, kPanels            the largest tile: kMr rows x kPanels panels of 16 channels
+//   zero() load(p) store(p, v) ones() opaque(v)
+//   broadcast(p)            4 bytes to every lane
+//   unpack<B, P>(v)         bit field P (B bits wide) of every byte
+//   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
+//   popcount_add(acc, v)    acc[lane] += bits set in the lane
+//   bit_xor(a, b) bit_and(a, b)
+//   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
+//   FloatReg, float_ones(), fmadd(a, b, c), opaque_float(v): for the float32 ceiling alone
+//
+// Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
+// another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
+// hence the pragmas.
+
+#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+
+// Distance that hides DRAM latency for the streaming (few-row) kernels; measured, see ../README.md.
+constexpr int kPrefetchBytes = 2048;
+
+constexpr int kNr = kPanels * kPanel;  // channels of a tile
+constexpr int kRegBytes = kVectorBytes / kRegs;
+
+template <int B, int P, int MR, int V>
+inline void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
+  Reg u[V];
+  LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, P>(x[v]);
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+    const Reg av = broadcast(a + r * pitch + 4 * P);
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot<B>(acc[r][v], u[v], av);
+  }
+  if constexpr (P + 1 < 8 / B) dot_planes<B, P + 1>(acc, x, a, pitch);
+}
+
+template <int B, int MR, int NP>
+void dot_tile(const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
+              int64_t steps, int32_t* out) {
+  constexpr int V = NP * kRegs;
+  Reg acc[MR][V];
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
+      zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    Reg x[V];
+    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
+      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
+      if constexpr (MR <= 2) __builtin_prefetch(q + kPrefetchBytes);
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
+    }
+    dot_planes<B, 0>(acc, x, a + s * (32 / B), pitch);
+  }
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
+}
+
+template <int MR, int NP, bool Masked>
+void xnor_tile(const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
+               ptrdiff_t panel_stride, int64_t steps, int32_t* out) {
+  constexpr int V = NP * kRegs;
+  Reg acc[MR][V];
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
+      zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    Reg x[V];
+    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
+      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
+      if constexpr (MR <= 2) __builtin_prefetch(q + kPrefetchBytes);
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
+    }
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+      const Reg av = broadcast(reinterpret_cast<const int8_t*>(a + r * pitch + s));
+      LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+        Reg d = bit_xor(x[v], av);
+        if constexpr (Masked)
+          d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch + s)));
+        acc[r][v] = popcount_add(acc[r][v], d);
+      }
+    }
+  }
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
+}
+
+// Calls the tile for a number of rows known at run time: tile<rows>(...).
+template <int MR, class Call>
+inline void with_rows(int rows, Call call) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return with_rows<MR - 1>(rows, call);
+  }
+  call(IntConstant<MR>{});
+}
+
+// Sums are modulo 2^32 until the offset is added: then they are exact.
+inline int32_t affine(int32_t acc, int shift, int32_t offset) {
+  return static_cast<int32_t>((static_cast<uint32_t>(acc) << shift) +
+                              static_cast<uint32_t>(offset));
+}
+
+// A full tile of panels at once; fewer panels than that one by one.
+template <class Call>
+inline void over_panels(int panels, Call call) {
+  if (panels == kPanels) return call(0, IntConstant<kPanels>{});
+  for (int p = 0; p < panels; ++p) call(p, IntConstant<1>{});
+}
+
+template <int B>
+void dot_any(int rows, const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
+             int panels, int64_t steps, int32_t* acc) {
+  over_panels(panels, [&](int p, auto np) {
+    with_rows<kMr>(rows, [&](auto mr) {
+      dot_tile<B, decltype(mr)::value, decltype(np)::value>(a, pitch, w + p * panel_stride,
+                                                            panel_stride, steps, acc + p * kPanel);
+    });
+  });
+}
+
+void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
+              ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc) {
+  over_panels(panels, [&](int p, auto np) {
+    with_rows<kMr>(rows, [&](auto mr) {
+      constexpr int kRows = decltype(mr)::value, kWide = decltype(np)::value;
+      const uint8_t* q = w + p * panel_stride;
+      int32_t* out = acc + p * kPanel;
+      if (mask)
+        xnor_tile<kRows, kWide, true>(a, mask, pitch, q, panel_stride, steps, out);
+      else
+        xnor_tile<kRows, kWide, false>(a, nullptr, pitch, q, panel_stride, steps, out);
+    });
+  });
+}
+
+template <int B, int P>
+inline void depthwise_planes(Reg (&acc)[kRegs], Reg (&sum)[kRegs], const Reg (&x)[kRegs],
+                             const int8_t* const* taps, int64_t channel) {
+  Reg a[kRegs];
+  interleave(taps[4 * P] + channel, taps[4 * P + 1] + channel, taps[4 * P + 2] + channel,
+             taps[4 * P + 3] + channel, a);
+  LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
+    acc[i] = dot<B>(acc[i], unpack<B, P>(x[i]), a[i]);
+    sum[i] = dot<1>(sum[i], ones(), a[i]);
+  }
+  if constexpr (P + 1 < 8 / B) depthwise_planes<B, P + 1>(acc, sum, x, taps, channel);
+}
+
+template <int B>
+void depthwise_any(int rows, const int8_t* const* taps, ptrdiff_t tap_stride, int64_t channel,
+                   const uint8_t* w, ptrdiff_t panel_stride, int panels, int64_t steps, int shift,
+                   int add, int32_t* acc, int32_t* sums) {
+  for (int r = 0; r < rows; ++r) {
+    for (int p = 0; p < panels; ++p) {
+      Reg a[kRegs], s[kRegs];
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) a[i] = s[i] = zero();
+      for (int64_t step = 0; step < steps; ++step) {
+        Reg x[kRegs];
+        LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[i] =
+            load(w + p * panel_stride + step * kVectorBytes + i * kRegBytes);
+        depthwise_planes<B, 0>(a, s, x, taps + r * tap_stride + step * (32 / B),
+                               channel + p * kPanel);
+      }
+      int32_t* acc_out = acc + r * kNr + p * kPanel;
+      int32_t* sums_out = sums + r * kNr + p * kPanel;
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
+        store(acc_out + i * (kRegBytes / 4), a[i]);
+        store(sums_out + i * (kRegBytes / 4), s[i]);
+      }
+      for (int c = 0; c < kPanel; ++c) acc_out[c] = affine(acc_out[c], shift, add * sums_out[c]);
+    }
+  }
+}
+
+// The ceilings: the kernels' own instruction mix on registers alone.
+constexpr int kChains = 12;
+
+double probe_dot(int64_t iterations) {
+  Reg acc[kChains], u = ones(), a = ones();
+  opaque(u), opaque(a);
+  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
+  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
+      acc[i] = dot<4>(acc[i], u, a);
+      opaque(acc[i]);
+    }
+  return static_cast<double>(iterations) * kChains * kRegBytes;
+}
+
+double probe_xnor(int64_t iterations) {
+  Reg acc[kChains], u = ones(), a = zero();
+  opaque(u), opaque(a);
+  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
+  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
+      opaque(u);
+      acc[i] = popcount_add(acc[i], bit_xor(u, a));
+      opaque(acc[i]);
+    }
+  return static_cast<double>(iterations) * kChains * kRegBytes * 8;
+}
+
+double probe_fma(int64_t iterations) {
+  FloatReg acc[kChains], a = float_ones(), b = float_ones();
+  opaque_float(a), opaque_float(b);
+  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = float_ones();
+  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
+      acc[i] = fmadd(a, b, acc[i]);
+      opaque_float(acc[i]);
+    }
+  return static_cast<double>(iterations) * kChains * (kRegBytes / 4);
+}

@@ -1,0 +1,140 @@
+// Quantizing activations, and the epilogue: plain loops that the compiler vectorizes for the ISA's
+// flags. They use IEEE single operations alone, in a fixed order and without contraction, so every
+// ISA gives the same bits.
+
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+
+inline float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+// x rounded to the nearest even integer sits in the low bits of x + 1.5 * 2^23, for |x| < 2^22.
+constexpr float kRound = 12582912.0f;
+constexpr uint32_t kRoundBits = 0x4B400000u;
+
+uint32_t amax_bits(const float* x, int64_t n) {
+  uint32_t m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = bits_of(x[i]) & 0x7fffffffu;
+    m = u > m ? u : m;
+  }
+  return m;
+}
+
+float abs_sum(const float* x, int64_t n) {
+  float lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
+  for (int j = 0; i + j < n; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
+  for (int width = 8; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  return lane[0];
+}
+
+void quantize8(const float* x, int64_t n, float inverse_scale, int8_t* q) {
+  for (int64_t i = 0; i < n; ++i)
+    q[i] = static_cast<int8_t>(bits_of(x[i] * inverse_scale + kRound));
+}
+
+void quantize16(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t q = static_cast<int32_t>(bits_of(x[i] * inverse_scale + kRound) - kRoundBits);
+    const int8_t low = static_cast<int8_t>(q);
+    lo[i] = low;
+    hi[i] = static_cast<int8_t>((q - low) >> 8);
+  }
+}
+
+void binarize(const float* x, int64_t n, int8_t* q) {
+  for (int64_t i = 0; i < n; ++i) q[i] = x[i] >= 0.0f ? 1 : -1;
+}
+
+// Bit 8j + p of a dword is k = 4p + j, as in the W1 layout; 1 where x < 0.
+void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
+  for (int64_t i = 0; i < n; i += 32) {
+    uint32_t word = 0;
+    const int count = n - i < 32 ? static_cast<int>(n - i) : 32;
+    for (int k = 0; k < count; ++k)
+      word |= static_cast<uint32_t>(!(x[i + k] >= 0.0f)) << (8 * (k % 4) + k / 4);
+    bits[i / 32] = word;
+  }
+}
+
+int32_t sum_codes(const int8_t* q, int64_t n) {
+  int32_t s = 0;
+  for (int64_t i = 0; i < n; ++i) s += q[i];
+  return s;
+}
+
+void to_float(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f) {
+  for (int r = 0; r < rows; ++r, acc += kNr, f += kNr)
+    for (int c = 0; c < kNr; ++c) f[c] = static_cast<float>(affine(acc[c], shift, offset[r]));
+}
+
+void widen(int rows, int planes, const int32_t* acc, int shift, const int32_t* offset,
+           double* wide) {
+  for (int r = 0; r < rows; ++r, acc += planes * kNr, wide += kNr) {
+    if (planes == 1) {
+      for (int c = 0; c < kNr; ++c) wide[c] += affine(acc[c], shift, offset[r]);
+    } else {
+      for (int c = 0; c < kNr; ++c)
+        wide[c] += 256.0 * affine(acc[c], shift, offset[2 * r]) +
+                   affine(acc[c + kNr], shift, offset[2 * r + 1]);
+    }
+  }
+}
+
+void narrow(int rows, const double* wide, float* f) {
+  for (int i = 0; i < rows * kNr; ++i) f[i] = static_cast<float>(wide[i]);
+}
+
+void madd(int rows, const float* scale, const float* x, float* f) {
+  for (int r = 0; r < rows; ++r, x += kNr, f += kNr)
+    for (int c = 0; c < kNr; ++c) f[c] = __builtin_fmaf(scale[c], x[c], f[c]);
+}
+
+void finish(int rows, int cols, const float* f, const float* row_scale, const float* scale,
+            const float* bias, float* y, ptrdiff_t y_pitch) {
+  for (int r = 0; r < rows; ++r, f += kNr, y += y_pitch) {
+    const float s = row_scale[r];
+    if (bias) {
+      for (int c = 0; c < cols; ++c) y[c] = __builtin_fmaf(f[c], s * scale[c], bias[c]);
+    } else {
+      for (int c = 0; c < cols; ++c) y[c] = __builtin_fmaf(f[c], s * scale[c], 0.0f);
+    }
+  }
+}
+
+// float16 to float32, exactly, subnormals, infinities and NaN included.
+inline float half_to_float(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  if (magnitude >= 0x0f800000u) return float_of(sign | magnitude | 0x70000000u);
+  return float_of(bits_of(float_of(magnitude) * 0x1p112f) | sign);
+}
+
+void expand_groups(const uint16_t* src, int cols, int64_t groups, float* dst) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int c = 0; c < cols; ++c) dst[g * kNr + c] = half_to_float(src[c * groups + g]);
+    for (int c = cols; c < kNr; ++c) dst[g * kNr + c] = 0.0f;
+  }
+}
+
+uint64_t read_all(const void* p, int64_t bytes) {
+  const uint64_t* q = static_cast<const uint64_t*>(p);
+  uint64_t lane[32] = {};
+  for (int64_t i = 0; i + 32 <= bytes / 8; i += 32) {
+    LOWBIT_UNROLL for (int v = 0; v < 4; ++v) __builtin_prefetch(q + i + 512 + 8 * v);
+    for (int j = 0; j < 32; ++j) lane[j] += q[i + j];
+  }
+  uint64_t total = 0;
+  for (uint64_t v : lane) total += v;
+  return total;
+}

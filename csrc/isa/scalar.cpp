@@ -1,0 +1,99 @@
+// Portable C++: the fallback, and what the other ISAs are measured against. 16 lanes, so that the
+// compiler can use whatever vectors the baseline has.
+#define LOWBIT_KERNEL_NAME scalar
+#include "begin.inl"
+
+struct Reg {
+  uint32_t lane[16];
+};
+constexpr int kRegs = 1, kMr = 4, kPanels = 1;
+
+inline Reg zero() { return Reg{}; }
+inline Reg load(const uint8_t* p) {
+  Reg v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+inline void store(int32_t* p, const Reg& v) { __builtin_memcpy(p, &v, 64); }
+inline Reg splat(uint32_t x) {
+  Reg v;
+  for (uint32_t& lane : v.lane) lane = x;
+  return v;
+}
+inline Reg ones() { return splat(0x01010101u); }
+inline Reg broadcast(const int8_t* p) {
+  uint32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return splat(x);
+}
+inline void opaque(Reg& v) { asm volatile("" : "+m"(v)); }
+struct FloatReg {
+  float lane[16];
+};
+inline FloatReg float_ones() {
+  FloatReg v;
+  for (float& lane : v.lane) lane = 1.0f;
+  return v;
+}
+inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+  return out;
+}
+inline void opaque_float(FloatReg& v) { asm volatile("" : "+m"(v)); }
+
+template <int B, int P>
+inline Reg unpack(const Reg& v) {
+  constexpr uint32_t kMask = ((1u << B) - 1) * 0x01010101u;
+  Reg u;
+  for (int i = 0; i < 16; ++i) u.lane[i] = v.lane[i] >> (B * P) & kMask;
+  return u;
+}
+
+template <int B>
+inline Reg dot(const Reg& acc, const Reg& u, const Reg& a) {
+  Reg out;
+  for (int i = 0; i < 16; ++i) {
+    int32_t s = 0;
+    for (int j = 0; j < 4; ++j)
+      s += static_cast<int32_t>(u.lane[i] >> (8 * j) & 0xff) *
+           static_cast<int8_t>(a.lane[i] >> (8 * j) & 0xff);
+    out.lane[i] = acc.lane[i] + static_cast<uint32_t>(s);
+  }
+  return out;
+}
+
+inline Reg bit_xor(const Reg& a, const Reg& b) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] ^ b.lane[i];
+  return v;
+}
+inline Reg bit_and(const Reg& a, const Reg& b) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] & b.lane[i];
+  return v;
+}
+inline Reg popcount_add(const Reg& acc, const Reg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t x = v.lane[i];
+    x -= x >> 1 & 0x55555555u;
+    x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+    x = (x + (x >> 4)) & 0x0f0f0f0fu;
+    out.lane[i] = acc.lane[i] + (x * 0x01010101u >> 24);
+  }
+  return out;
+}
+
+inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,
+                       Reg (&out)[1]) {
+  for (int i = 0; i < 16; ++i)
+    out[0].lane[i] = static_cast<uint32_t>(static_cast<uint8_t>(t0[i])) |
+                     static_cast<uint32_t>(static_cast<uint8_t>(t1[i])) << 8 |
+                     static_cast<uint32_t>(static_cast<uint8_t>(t2[i])) << 16 |
+                     static_cast<uint32_t>(static_cast<uint8_t>(t3[i])) << 24;
+}
+
+#include "microkernel.inl"
+#include "rows.inl"
+#include "table.inl"

@@ -1,0 +1,38 @@
+// The ISA's row of functions. Needs LOWBIT_KERNEL_NAME.
+#define LOWBIT_STRING2(x) #x
+#define LOWBIT_STRING(x) LOWBIT_STRING2(x)
+#define LOWBIT_JOIN2(a, b) a##b
+#define LOWBIT_JOIN(a, b) LOWBIT_JOIN2(a, b)
+
+static_assert(kMr % 2 == 0, "an int16 row is two rows of a tile");
+
+}  // namespace
+
+extern const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME);
+const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
+    LOWBIT_STRING(LOWBIT_KERNEL_NAME),
+    kMr,
+    kNr,
+    {dot_any<8>, dot_any<4>, dot_any<2>, dot_any<1>},
+    xnor_any,
+    {depthwise_any<8>, depthwise_any<4>, depthwise_any<2>, depthwise_any<1>},
+    amax_bits,
+    abs_sum,
+    quantize8,
+    quantize16,
+    binarize,
+    binarize_bits,
+    sum_codes,
+    to_float,
+    widen,
+    narrow,
+    madd,
+    finish,
+    expand_groups,
+    probe_dot,
+    probe_fma,
+    probe_xnor,
+    read_all,
+};
+
+}  // namespace lowbit

@@ -1,0 +1,72 @@
+// The table that one ISA fills: everything that is compiled more than once.
+//
+// Vocabulary. A *panel* is 16 output channels; one *step* of it is a 64-byte vector. A *tile* is
+// `rows` activation rows times up to `nr` channels; its integer sums are int32 [rows][nr]. Rows are
+// int8 with a common pitch; an int16 activation is two rows (hi, lo). Binary rows for xnor hold 32
+// k in a dword, in the order of the W1 layout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowbit {
+
+struct Kernel {
+  const char* name;
+  int mr;  // rows in the largest tile (even)
+  int nr;  // channels in the largest tile, a multiple of 16
+
+  // acc[r][c] = sum over k of code[c][k] * a[r][k], for 1 <= rows <= mr; int32 arithmetic modulo
+  // 2^32. Index: FormatTraits::width_index(). `panels` <= nr / 16 panels lie `panel_stride` bytes
+  // apart.
+  void (*dot[4])(int rows, const int8_t* a, ptrdiff_t pitch, const uint8_t* w,
+                 ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
+
+  // acc[r][c] = number of k where bit w differs from bit a and bit `mask` is set (mask null:
+  // everywhere). With a = 1 for a negative activation these are the agreements of the signs.
+  void (*xnor)(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
+               ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
+
+  // Depthwise: channel c of row r has its own activations; tap t of it lies at taps[r * tap_stride
+  // + t][c]. sums[r][c] = sum over the taps of the activation; acc[r][c] = (sum of code *
+  // activation << shift) + add * sums[r][c], for the channels [channel, channel + 16 * panels).
+  // Whole panels are read.
+  void (*depthwise[4])(int rows, const int8_t* const* taps, ptrdiff_t tap_stride, int64_t channel,
+                       const uint8_t* w, ptrdiff_t panel_stride, int panels, int64_t steps,
+                       int shift, int add, int32_t* acc, int32_t* sums);
+
+  // Activations.
+  uint32_t (*amax_bits)(const float* x,
+                        int64_t n);             // largest |x| as an IEEE pattern; NaN is largest
+  float (*abs_sum)(const float* x, int64_t n);  // in 16 strided lanes, added pairwise
+  void (*quantize8)(const float* x, int64_t n, float inverse_scale, int8_t* q);
+  void (*quantize16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
+  void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
+  void (*binarize_bits)(const float* x, int64_t n,
+                        uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
+  int32_t (*sum)(const int8_t* q, int64_t n);
+
+  // Epilogue, on tiles of `rows` x nr.
+  // f = float((acc << shift) + offset[r])
+  void (*to_float)(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f);
+  // wide[r] += 256 * hi + lo of rows 2r and 2r + 1 of acc (planes 2), or += acc[r] (planes 1),
+  // offset as above
+  void (*widen)(int rows, int planes, const int32_t* acc, int shift, const int32_t* offset,
+                double* wide);
+  void (*narrow)(int rows, const double* wide, float* f);  // f = float(wide)
+  // f[r][c] = fma(scale[c], x[r][c], f[r][c])
+  void (*madd)(int rows, const float* scale, const float* x, float* f);
+  // y[r][c] = fma(f[r][c], row_scale[r] * scale[c], bias[c]) for c < cols; bias null: 0
+  void (*finish)(int rows, int cols, const float* f, const float* row_scale, const float* scale,
+                 const float* bias, float* y, ptrdiff_t y_pitch);
+  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to nr are zeroed
+  void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
+
+  // Ceilings: run `iterations` of the instruction mix, return the multiply-accumulates done.
+  double (*probe_dot)(int64_t iterations);
+  double (*probe_fma)(int64_t iterations);
+  double (*probe_xnor)(int64_t iterations);
+  uint64_t (*read)(const void* p, int64_t bytes);  // a sum of everything read
+};
+
+}  // namespace lowbit

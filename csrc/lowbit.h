@@ -1,0 +1,79 @@
+// The whole C++ surface: raw pointers and sizes, no torch, no Python.
+//
+// Numerics are stated in README.md beside this file; every ISA gives the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "formats.h"
+
+namespace lowbit {
+
+// The packed weights of a layer, as its state dict holds them.
+struct Weights {
+  Format format;
+  int64_t n;                    // output channels (of all groups of a convolution)
+  int64_t k;                    // depth, padding inside taps included
+  int64_t group_size;           // 0: per channel; else a multiple of 32
+  const uint8_t* packed;        // [ceil(n / 16), ceil(k / depth), 64]
+  const float* scale;           // [n]
+  const uint16_t* group_scale;  // float16 [n, ceil(k / group_size)], or null without groups
+  const uint16_t* group_zero;   // float16, same shape, or null
+  const float* bias;            // [n] or null
+};
+
+// y [m, n] = x [m, k] * weights. Scale of the activations: one a row.
+void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
+            int threads);
+
+struct Conv2dGeometry {
+  int64_t batch, height, width, channels;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t pad_top, pad_left;  // what is missing below and to the right is implied by out_*
+  int64_t dilation_h, dilation_w, groups;
+
+  bool depthwise() const { return groups > 1 && groups == channels && groups == out_channels; }
+};
+
+// Depth that one tap of the kernel occupies in K: channels rounded up to whole vectors, so that a
+// tap is a pointer; fewer channels than a vector holds are not padded (the taps are merged).
+int64_t tap_channels(Format format, int64_t channels_per_group);
+
+// K of a convolution in the packed layout: taps * tap_channels, or for a depthwise one the taps.
+int64_t conv2d_depth(Format format, const Conv2dGeometry& geometry);
+
+// y and x are NHWC. Scale of the activations: one an image. weights.k = conv2d_depth(). A depthwise
+// convolution's weights are packed as an [n, taps] matrix; those of the groups of any other are
+// packed one by one and stacked.
+void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
+            Activation activation, float* y, int threads);
+
+// Codes [n, k] to the packed layout and back (pack.cpp).
+int64_t packed_panels(int64_t n);
+int64_t packed_steps(Format format, int64_t k);
+void pack(const uint8_t* codes, int64_t n, int64_t k, Format format, uint8_t* packed);
+void unpack(const uint8_t* packed, int64_t n, int64_t k, Format format, uint8_t* codes);
+// Whether all that packed holds beyond the n x k codes is 0, as xnor kernels need.
+bool padding_is_zero(const uint8_t* packed, int64_t n, int64_t k, Format format);
+
+// The kernels that are built in, best first, and the one in use.
+struct IsaInfo {
+  std::string name;
+  bool usable;
+};
+std::vector<IsaInfo> isas();
+std::string isa();
+void set_isa(const std::string& name);  // throws std::invalid_argument
+std::string kernel_name(Format format, Activation activation);
+std::string kernel_name(const std::string& isa, Format format, Activation activation);
+
+// Ceilings of one core with the instructions of the ISA in use, in multiply-accumulates a second:
+// "dot", "fma", "xnor".
+double probe(const std::string& what, double seconds);
+double read_bandwidth(int64_t bytes, int threads, double seconds);  // bytes a second
+
+}  // namespace lowbit

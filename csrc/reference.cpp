@@ -1,0 +1,133 @@
+#include "reference.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace lowbit::reference {
+namespace {
+
+struct Quantized {
+  float scale;
+  std::vector<int> codes;
+};
+
+// One scale for n values.
+Quantized quantize(const float* x, int64_t n, Activation activation) {
+  Quantized q{0.0f, std::vector<int>(static_cast<size_t>(n), 0)};
+  float amax = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) {
+      q.scale = std::numeric_limits<float>::quiet_NaN();
+      return q;
+    }
+    amax = std::max(amax, std::fabs(x[i]));
+  }
+  if (activation == Activation::binary) {
+    float lane[16] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      lane[i % 16] += std::fabs(x[i]);
+      q.codes[static_cast<size_t>(i)] = x[i] >= 0.0f ? 1 : -1;
+    }
+    for (int width = 8; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    if (n > 0) q.scale = lane[0] / static_cast<float>(n);
+    return q;
+  }
+  const float scale = amax / (activation == Activation::int16 ? 32639.0f : 127.0f);
+  if (scale < FLT_MIN) return q;
+  q.scale = scale;
+  const float inverse = 1.0f / scale;
+  for (int64_t i = 0; i < n; ++i)
+    q.codes[static_cast<size_t>(i)] = static_cast<int>(std::nearbyint(x[i] * inverse));
+  return q;
+}
+
+float from_half(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const float magnitude = exponent == 31 ? (fraction ? std::numeric_limits<float>::quiet_NaN()
+                                                     : std::numeric_limits<float>::infinity())
+                          : exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// Value of the weight's code, as an integer. `n` counts from the first channel of `packed`.
+int weight(const FormatTraits& f, const uint8_t* packed, int64_t steps, int64_t n, int64_t k) {
+  const int64_t in = k % f.depth();
+  const uint8_t byte =
+      packed[((n / kPanel) * steps + k / f.depth()) * kVectorBytes + (n % kPanel) * 4 + in % 4];
+  const int code = byte >> (in / 4 * f.bits) & ((1 << f.bits) - 1);
+  return f.mul * code + f.add;
+}
+
+// One output: channel n of the weights (in_panel: its number in `packed`) times the codes a(k).
+template <class Codes>
+float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t n, float scale,
+             Codes a) {
+  const FormatTraits& f = traits(w.format);
+  const int64_t steps = (w.k + f.depth() - 1) / f.depth();
+  const int64_t group = w.group_size ? w.group_size : std::max<int64_t>(w.k, 1);
+  const int64_t groups = std::max<int64_t>((w.k + group - 1) / group, 1);
+  float total = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t sum = 0, activations = 0;
+    for (int64_t k = g * group; k < std::min(w.k, (g + 1) * group); ++k) {
+      sum += int64_t{weight(f, packed, steps, in_panel, k)} * a(k);
+      activations += a(k);
+    }
+    if (!w.group_scale) {
+      total = static_cast<float>(sum);
+      continue;
+    }
+    total = std::fma(from_half(w.group_scale[n * groups + g]), static_cast<float>(sum), total);
+    if (w.group_zero)
+      total =
+          std::fma(from_half(w.group_zero[n * groups + g]), static_cast<float>(activations), total);
+  }
+  return std::fma(total, scale * w.scale[n], w.bias ? w.bias[n] : 0.0f);
+}
+
+}  // namespace
+
+void linear(const float* x, int64_t m, const Weights& w, Activation activation, float* y) {
+  for (int64_t r = 0; r < m; ++r) {
+    const Quantized q = quantize(x + r * w.k, w.k, activation);
+    for (int64_t n = 0; n < w.n; ++n)
+      y[r * w.n + n] = output(w, w.packed, n, n, q.scale,
+                              [&](int64_t k) { return q.codes[static_cast<size_t>(k)]; });
+  }
+}
+
+void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activation activation,
+            float* y) {
+  const FormatTraits& f = traits(w.format);
+  const int64_t in = g.channels / g.groups, out = g.out_channels / g.groups;
+  const int64_t tap = g.depthwise() ? 1 : tap_channels(w.format, in);
+  const int64_t group_bytes =
+      packed_panels(out) * ((w.k + f.depth() - 1) / f.depth()) * kVectorBytes;
+  const int64_t size = g.height * g.width * g.channels;
+  for (int64_t image = 0; image < g.batch; ++image) {
+    const Quantized q = quantize(x + image * size, size, activation);
+    for (int64_t oy = 0; oy < g.out_height; ++oy)
+      for (int64_t ox = 0; ox < g.out_width; ++ox)
+        for (int64_t n = 0; n < g.out_channels; ++n) {
+          const int64_t group = n / out;
+          const auto code = [&](int64_t k) {
+            const int64_t c = k % tap, kx = k / tap % g.kernel_w, ky = k / tap / g.kernel_w;
+            const int64_t iy = oy * g.stride_h - g.pad_top + ky * g.dilation_h;
+            const int64_t ix = ox * g.stride_w - g.pad_left + kx * g.dilation_w;
+            if (c >= in || iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0;
+            return q.codes[static_cast<size_t>((iy * g.width + ix) * g.channels + group * in + c)];
+          };
+          *y++ = g.depthwise()
+                     ? output(w, w.packed, n, n, q.scale, code)
+                     : output(w, w.packed + group * group_bytes, n % out, n, q.scale, code);
+        }
+  }
+}
+
+}  // namespace lowbit::reference
