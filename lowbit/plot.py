@@ -15,7 +15,7 @@ _MARKERS = {"torch": "s", "candidate": "o"}
 # right, left, above, below, the corners, and then the same farther out.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _DISTANCES = (9.0, 20.0, 34.0, 50.0, 70.0)
-_LEADER_FROM = 34.0  # a label this far from its point gets a line to it
+_LEADER_FROM = 20.0  # a label this far from its point gets a line to it
 
 
 def plot(comparison: Comparison, path: str | Path) -> None:
