@@ -1,0 +1,70 @@
+"""The C++ extension. Addresses are integers (`Tensor.data_ptr()`), 0 where there is none.
+
+Everything that can be checked is, and raises ValueError; that an address is valid cannot.
+"""
+
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class _Isa(TypedDict):
+    name: str
+    usable: bool
+    kernels: dict[str, str]
+
+FORMATS: dict[str, tuple[int, int, int]]  # name -> bits, mul, add
+ACTIVATIONS: tuple[str, ...]
+LAYOUT_VERSION: int
+
+def cpu_features() -> dict[str, bool]: ...
+def isas() -> list[_Isa]: ...  # best first
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def kernel_name(format: str, activation: str) -> str: ...
+def build_info() -> dict[str, Any]: ...
+def openmp_threads() -> int: ...
+
+# codes [N, K] <-> packed [ceil(N/16), steps, 64]
+def pack(codes: NDArray[np.uint8], format: str) -> NDArray[np.uint8]: ...
+def unpack(packed: NDArray[np.uint8], format: str, n: int, k: int) -> NDArray[np.uint8]: ...
+def padding_is_zero(packed: NDArray[np.uint8], format: str, n: int, k: int) -> bool: ...
+def tap_channels(format: str, channels_per_group: int) -> int: ...
+
+# x float32 [m, k], y float32 [m, n]; format and activation are indices in FORMATS and ACTIVATIONS
+def linear(
+    x: int,
+    m: int,
+    y: int,
+    format: int,
+    activation: int,
+    n: int,
+    k: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+    threads: int,
+) -> None: ...
+
+# x and y float32 NHWC; geometry = batch, height, width, channels, out_channels, out_height,
+# out_width, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
+# groups
+def conv2d(
+    x: int,
+    y: int,
+    geometry: tuple[int, ...],
+    format: int,
+    activation: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+    threads: int,
+) -> None: ...
+def probe(what: Literal["dot", "fma", "xnor"], seconds: float) -> float: ...  # MAC/s of one core
+def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...  # bytes/s

@@ -1,0 +1,336 @@
+"""What the quantized layers share: buffers, state dict, moves between devices, error messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import _core, ops
+from lowbit.formats import FORMATS
+from lowbit.nn.loading import format_version, state_problems
+from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
+from lowbit.quantizers import QuantizedWeight, dequantize_weight
+from lowbit.schemes import Scheme
+
+
+class DequantizedWeight(Tensor):
+    """The values of a packed weight, computed on demand: a tensor of a class of its own.
+
+    torch's fused transformer path takes the `weight` of linear layers without calling them; it
+    declines tensors of other classes, so such a layer is called and runs its kernel.
+    """
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose weights are packed codes. Subclasses say how the weight is laid out.
+
+    The state dict is plain tensors, the very operands of the kernels:
+
+        weight_packed       uint8 [panels, steps, 64]
+        weight_scale        float32 [N]
+        weight_group_scale  float16 [N, G], with groups only
+        weight_group_zero   float16 [N, G], where an imported checkpoint has zero points
+        bias                float32 [N], or absent
+        format_version      int32 [5]: layout version, bits, mul, add, group size (0 without)
+
+    Attributes:
+        scheme: the `Scheme` of the layer.
+        weight_dtype: dtype of the float layer's weight: of `weight` and of `dequantize()`. Moves
+            to another dtype change this alone; the buffers keep theirs.
+    """
+
+    scheme: Scheme
+    weight_dtype: torch.dtype
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_group_scale: Tensor | None
+    weight_group_zero: Tensor | None
+    bias: Tensor | None
+    format_version: Tensor
+
+    # Set by the conversion: the layer's name in its model, for error messages.
+    _fqn: str | None = None
+    # The operands as last checked. They are not state: never copied, pickled or shared.
+    _checked: PackedWeight | None = None
+
+    def _create_buffers(
+        self,
+        scheme: Scheme,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Buffers of a weight that is zero: scales 0."""
+        self.scheme = scheme
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        if not self.weight_dtype.is_floating_point:
+            raise ValueError(f"{self.label}: dtype {dtype} is no floating-point dtype")
+        shapes = tensor_shapes(self._layout(), scheme.weight, scheme.group_size or 0)
+        for name in NAMES:
+            tensor = None
+            if name in shapes and name != "weight_group_zero" and (bias or name != "bias"):
+                shape, buffer_dtype = shapes[name]
+                tensor = torch.zeros(shape, dtype=buffer_dtype, device=device)
+            self.register_buffer(name, tensor)
+        version = torch.tensor(format_version(scheme), dtype=torch.int32, device=device)
+        self.register_buffer("format_version", version)
+
+    def _layout(self) -> tuple[int, int, int]:
+        """Blocks that are packed one by one, rows of each, and K."""
+        raise NotImplementedError
+
+    def _sizes(self) -> str:
+        """The sizes by which a user knows the layer."""
+        raise NotImplementedError
+
+    def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        """Weights [N, K] of the packed layout in the shape of the float layer's weight."""
+        raise NotImplementedError
+
+    def _check_operands(self, tensors: Tensors) -> PackedWeight:
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """How error messages name this layer."""
+        name = f" '{self._fqn}'" if self._fqn else f"({self._sizes()})"
+        return f"lowbit.nn.{type(self).__name__}{name}"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that the layer's tensors take, in memory as in a file."""
+        return sum(buffer.nbytes for buffer in self._buffers.values() if buffer is not None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights that the codes mean, in the float layer's shape and dtype.
+
+        Computed anew at each access, which takes time and memory; the layer itself never does.
+        """
+        with torch.no_grad():
+            if self.weight_packed.is_meta:
+                blocks, rows, depth = self._layout()
+                matrix = torch.empty(blocks * rows, depth, device="meta")
+            else:
+                matrix = dequantize_weight(self.quantized_weight())
+            weight = self._matrix_to_weight(matrix)
+            weight = weight.to(device=self.weight_packed.device, dtype=self.weight_dtype)
+            return weight.as_subclass(DequantizedWeight)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Codes and scales of the weight as a matrix [N, K], K as in the packed layout."""
+        blocks, rows, depth = self._layout()
+        codes = torch.empty(blocks * rows, depth, dtype=torch.uint8, device="cpu")
+        if blocks:
+            parts = self.weight_packed.cpu().chunk(blocks)
+            for part, block in zip(parts, codes.chunk(blocks), strict=False):
+                block.copy_(
+                    torch.from_numpy(_core.unpack(part.numpy(), self.scheme.weight, rows, depth))
+                )
+        group_scale, group_zero = self.weight_group_scale, self.weight_group_zero
+        return QuantizedWeight(
+            codes,
+            self.weight_scale.cpu(),
+            None if group_scale is None else group_scale.cpu(),
+            None if group_zero is None else group_zero.cpu(),
+            FORMATS[self.scheme.weight],
+            self.scheme.group_size,
+        )
+
+    def set_quantized_weight(self, q: QuantizedWeight) -> None:
+        """Packs codes and scales of a matrix [N, K], K as in the packed layout, into the layer.
+
+        Raises:
+            ValueError: they are of another format, group size or shape.
+        """
+        blocks, rows, depth = self._layout()
+        wanted = (self.scheme.weight, self.scheme.group_size, (blocks * rows, depth))
+        given = (q.format.name, q.group_size, tuple(q.codes.shape))
+        if given != wanted:
+            raise ValueError(
+                f"{self.label}: takes weights of (format, group size, shape) {wanted}, not {given}"
+            )
+        packed = torch.empty_like(self.weight_packed, device="cpu")
+        if packed.numel():
+            parts = zip(q.codes.chunk(blocks), packed.chunk(blocks), strict=True)
+            for codes, part in parts:
+                array = _core.pack(codes.contiguous().numpy(), self.scheme.weight)
+                part.copy_(torch.from_numpy(array))
+        self.weight_packed = packed
+        self.weight_scale = q.scale
+        self.weight_group_scale = q.group_scale
+        self.weight_group_zero = q.group_zero
+
+    # --- Forward -------------------------------------------------------------------------------
+
+    def _operands(self) -> PackedWeight:
+        """The checked operands; checked again if a tensor or its memory is another one."""
+        checked = self._checked
+        if checked is not None:
+            buffers = self._buffers
+            packed, scale, group_scale, group_zero, bias = checked.tensors
+            addresses = checked.operands[-5:]
+            if (
+                buffers.get("weight_packed") is packed
+                and buffers.get("weight_scale") is scale
+                and buffers.get("weight_group_scale") is group_scale
+                and buffers.get("weight_group_zero") is group_zero
+                and buffers.get("bias") is bias
+                and packed.data_ptr() == addresses[0]
+                and scale.data_ptr() == addresses[1]
+                and (group_scale is None or group_scale.data_ptr() == addresses[2])
+                and (group_zero is None or group_zero.data_ptr() == addresses[3])
+                and (bias is None or bias.data_ptr() == addresses[4])
+            ):
+                return checked
+        checked = self._check_operands(
+            (
+                self.weight_packed,
+                self.weight_scale,
+                self.weight_group_scale,
+                self.weight_group_zero,
+                self.bias,
+            )
+        )
+        self.__dict__["_checked"] = checked
+        return checked
+
+    def _refuse_training(self, x: Tensor) -> None:
+        if x.requires_grad and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.label}: quantized layers are for inference only and compute no gradients; "
+                "call model.eval(), or run under torch.no_grad()"
+            )
+
+    def _check_input(self, x: Any) -> Any:
+        """Checks x where the call goes through the dispatcher; returns it without gradient."""
+        if isinstance(x, torch.fx.Proxy):
+            return x
+        ops.check_tensor(x, self.label)
+        device, own = x.device.type, self.weight_packed.device.type
+        if device != own:
+            raise RuntimeError(
+                f"{self.label}: the input is on {x.device}, the weights on "
+                f"{self.weight_packed.device}; move both to the CPU, and load a state dict if the "
+                "weights are on the meta device"
+            )
+        self._refuse_training(x)
+        return x.detach() if x.requires_grad else x
+
+    # --- State ---------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads the tensors if they are of this layer's format, and refuses them otherwise."""
+        problems = state_problems(state_dict, prefix, self._layout(), self.scheme)
+        if problems:
+            error_msgs.extend(f"{self.label} (keys '{prefix}...'): {text}" for text in problems)
+            return
+        if f"{prefix}weight_packed" in state_dict:
+            # Zero points are the checkpoint's: there are as many as it has.
+            zero = state_dict.get(f"{prefix}weight_group_zero")
+            if zero is None:
+                self.weight_group_zero = None
+            elif self.weight_group_zero is None:
+                self.weight_group_zero = torch.empty_like(zero, device=self.weight_scale.device)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Moves between devices; a change of dtype is remembered for `weight`, no more."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_packed.device))
+        if probe.is_floating_point():
+            self.weight_dtype = probe.dtype
+        if recurse:
+            for child in self.children():
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_checked", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        version = state["_buffers"]["format_version"]
+        if type(version) is Tensor and not version.is_meta:
+            found = int(version[0])
+            if found != _core.LAYOUT_VERSION:
+                raise RuntimeError(
+                    f"a pickled lowbit.nn.{type(self).__name__} has layout version {found}, but "
+                    f"this lowbit reads version {_core.LAYOUT_VERSION}; convert the float model "
+                    "again, or use the lowbit that wrote it"
+                )
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        scheme = self.scheme
+        group = "" if scheme.group_size is None else f" g{scheme.group_size}"
+        return (
+            f"{self._sizes()}, bias={self.bias is not None}, "
+            f"w={scheme.weight}{group} {scheme.quantizer}, a={scheme.activation}, "
+            f"kernel={_core.kernel_name(scheme.weight, scheme.activation)}"
+        )
+
+
+def autocast(y: Tensor) -> Tensor:
+    """y in the dtype that a float layer would return under `torch.autocast`."""
+    if y.dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
+        return y.to(torch.get_autocast_dtype("cpu"))
+    return y
+
+
+def check_float_layer(module: nn.Module, kind: type[nn.Module], owner: str) -> Tensor:
+    """The weight of a float layer that can be quantized, detached.
+
+    Raises:
+        TypeError: the module is of another class, or its weight is not floating point.
+        ValueError: its weight is not a dense tensor on the CPU.
+    """
+    if not isinstance(module, kind):
+        raise TypeError(
+            f"{owner}.from_float takes a torch.nn.{kind.__name__}, not {type(module).__name__}"
+        )
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point():
+        raise TypeError(f"{owner}.from_float: the weight has dtype {weight.dtype}, not a float one")
+    if weight.device.type != "cpu" or weight.layout is not torch.strided:
+        raise ValueError(
+            f"{owner}.from_float: the weight is on {weight.device} ({weight.layout}), but is "
+            "quantized on the CPU as a dense tensor; move it there first"
+        )
+    return weight.detach()
+
+
+def float_bias(module: nn.Module) -> Tensor | None:
+    """A float32 copy of a float layer's bias."""
+    bias = module.bias
+    if bias is None:
+        return None
+    assert isinstance(bias, Tensor)
+    return bias.detach().to(torch.float32, copy=True).contiguous()

@@ -1,0 +1,130 @@
+"""Linear layer with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import ops
+from lowbit.nn.base import QuantizedLayer, autocast, check_float_layer, float_bias
+from lowbit.packed import PackedWeight, Tensors, linear_weight
+from lowbit.quantizers import quantize_weight
+from lowbit.schemes import Scheme
+
+
+class Linear(QuantizedLayer):
+    """Drop-in replacement of `nn.Linear` for inference.
+
+    Takes [..., in_features] in float32, bfloat16, float16 or float64 and returns [...,
+    out_features] in the same dtype; the arithmetic is float32 and integer, each row by itself.
+
+    Args:
+        in_features, out_features, bias, device: as for `nn.Linear`. The weight is zero.
+        scheme: a recipe such as "w4a8-g128", a `Scheme`, or its dict.
+        dtype: of the float layer that this one stands for; nothing but `weight` has it.
+
+    Raises:
+        ValueError: an invalid scheme or size.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"{self.label}: sizes must not be negative")
+        self._create_buffers(Scheme.parse(scheme), bias, device, dtype)
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Linear, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
+    ) -> Linear:
+        """A quantized layer with the weights of a float one, which stays as it is.
+
+        Raises:
+            TypeError: the module is no `nn.Linear`.
+            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
+        """
+        weight = check_float_layer(module, nn.Linear, "lowbit.nn.Linear")
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias=module.bias is not None,
+            scheme=scheme,
+            device="cpu",
+            dtype=weight.dtype,
+        )
+        layer.set_quantized_weight(quantize_weight(weight.float(), layer.scheme))
+        layer.bias = float_bias(module)
+        return layer.train(module.training)
+
+    def dequantize(self) -> nn.Linear:
+        """A float layer whose weights are what the codes mean."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.weight.as_subclass(Tensor))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], same dtype.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an input that no float layer would take either,
+                or that is not on the CPU, or that wants gradients while the layer is training.
+        """
+        if torch.compiler.is_compiling() or not ops.runs_directly(x):
+            return self._dispatch(x)
+        if x.requires_grad:
+            self._refuse_training(x)
+        return ops.linear_direct(x, self._operands())
+
+    def _dispatch(self, x: Tensor) -> Tensor:
+        x = self._check_input(x)
+        if isinstance(x, Tensor):
+            ops.check_features(x.shape, self.in_features, self.label)
+        y: Tensor = torch.ops.lowbit.linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_group_scale,
+            self.weight_group_zero,
+            self.bias,
+            self.scheme.weight,
+            self.scheme.activation,
+            self.in_features,
+            self.out_features,
+            self.scheme.group_size or 0,
+        )
+        return autocast(y)
+
+    def _layout(self) -> tuple[int, int, int]:
+        return 1, self.out_features, self.in_features
+
+    def _sizes(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _check_operands(self, tensors: Tensors) -> PackedWeight:
+        return linear_weight(
+            tensors,
+            (self.scheme.weight, self.scheme.activation),
+            self.scheme.group_size or 0,
+            (self.in_features, self.out_features),
+            self.label,
+        )
