@@ -155,7 +155,7 @@ def _attempt(
         with _no_warnings(), torch.inference_mode():
             timed = timing.alternate(only, min_rounds=1, budget_seconds=0, warmup=0)
     except Exception as error:
-        return _one_line(error)
+        return one_line(error)
     return quantized, timed[engine].first
 
 
@@ -163,7 +163,8 @@ def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return lambda: run(model, batch)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as its type and the first line of its text, at most 200 characters."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -250,10 +250,10 @@ def _qualities(
             try:
                 meters[name].update(expected, baselines.run(side, batch))
             except Exception as error:
-                problem = f"failed on batch {count}: {error}"
                 if name != TORCH_INT8:
-                    raise RuntimeError(f"{name!r} {problem}") from error
-                notes[name].append(f"no quality: {problem}")
+                    raise RuntimeError(f"{name!r} failed on batch {count}: {error}") from error
+                reason = baselines.one_line(error)
+                notes[name].append(f"no quality, failed on batch {count}: {reason}")
                 del meters[name]
         report(f"quality, batch {count}", 1.0)
     return {name: meter.result() for name, meter in meters.items()}, count
@@ -302,5 +302,5 @@ def _file_bytes(model: nn.Module) -> tuple[int | None, str]:
             else:
                 torch.save(model.state_dict(), path)
         except Exception as error:  # foreign models: whatever their state_dict hooks raise
-            return None, f"not saved: {type(error).__name__}: {error}"
+            return None, f"not saved: {baselines.one_line(error)}"
         return path.stat().st_size, ""
