@@ -41,15 +41,17 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
 inline Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm512_and_si512(a, b); }
 
+// Dword 4t + q holds channels 4q..4q+3 of tap t: gather the dwords of a q in one 128-bit lane,
+// transpose 4 x 4 bytes.
 inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,
                        Reg (&out)[1]) {
   const auto get = [](const int8_t* t) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(t));
   };
-  const __m128i a = get(t0), b = get(t1), c = get(t2), d = get(t3);
-  const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
-  const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
-  const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(ab0, cd0), _mm_unpacklo_epi16(ab0, cd0));
-  const __m256i high = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
-  out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  Reg v = _mm512_inserti32x4(_mm512_castsi128_si512(get(t0)), get(t1), 1);
+  v = _mm512_inserti32x4(_mm512_inserti32x4(v, get(t2), 2), get(t3), 3);
+  v = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+  out[0] = _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2,
+                                                                       6, 10, 14, 3, 7, 11, 15)));
 }
