@@ -49,15 +49,6 @@ def plot(comparison: Comparison, path: str | Path) -> None:
     for row in drawn:
         _draw_point(axes, row)
     _set_axes(axes, drawn)
-    axes.annotate(
-        f"{reference.name}, {_megabytes(reference)}",
-        (0.005, 1.0),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(2, 3),
-        textcoords="offset points",
-        color=_COLORS["float"],
-        fontsize=9,
-    )
     axes.set_xlabel("quality: SQNR of the outputs, dB")
     axes.set_ylabel(f"speed-up over {reference.name}")
     figure.suptitle(_title(comparison), fontsize=11)
@@ -65,7 +56,7 @@ def plot(comparison: Comparison, path: str | Path) -> None:
     if absent:
         figure.supxlabel(f"no point (see the table): {', '.join(absent)}", fontsize=9)
     figure.canvas.draw()  # fixes the layout: labels are placed in pixels
-    _place_labels(axes, drawn)
+    _place_labels(axes, drawn, reference)
     figure.savefig(path)
 
 
@@ -124,15 +115,13 @@ def _set_axes(axes: Any, drawn: list[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _place_labels(axes: Any, drawn: list[Row]) -> None:
+def _place_labels(axes: Any, drawn: list[Row], reference: Row) -> None:
     """A label near each point, where it covers no point, bar, line or other label."""
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    blocked = [text.get_window_extent(renderer) for text in axes.texts]
-    _, line = axes.transData.transform((0.0, 1.0))
-    blocked.append(Bbox.from_extents(frame.x0, line - 1, frame.x1, line + 1))
+    blocked = []
     for row in drawn:
         point, speedup = _point(row), row.speedup
         if point is not None and speedup is not None:
@@ -140,6 +129,9 @@ def _place_labels(axes: Any, drawn: list[Row]) -> None:
             _, high = axes.transData.transform((point[0], speedup.p90))
             _, y = axes.transData.transform(point)
             blocked.append(Bbox.from_extents(x - 12, min(low, y - 12), x + 12, max(high, y + 12)))
+    blocked.append(_label_line(axes, reference, blocked, renderer))
+    _, line = axes.transData.transform((0.0, 1.0))
+    blocked.append(Bbox.from_extents(frame.x0, line - 1, frame.x1, line + 1))
     for row in drawn:
         point = _point(row)
         if point is None:
@@ -161,6 +153,28 @@ def _place_labels(axes: Any, drawn: list[Row]) -> None:
                 "", point, xytext=offset, textcoords="offset points", arrowprops=leader, zorder=2
             )
         blocked.append(label.get_window_extent(renderer))
+
+
+def _label_line(axes: Any, reference: Row, blocked: list[Any], renderer: Any) -> Any:
+    """Names the float model's line where no point is near. Returns the box of the label."""
+    label = axes.annotate(
+        f"{reference.name}, {_megabytes(reference)}",
+        (0.0, 1.0),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color=_COLORS["float"],
+        fontsize=9,
+    )
+    least, best = math.inf, 0.0
+    for step in range(20):
+        label.xy = (0.005 + 0.043 * step, 1.0)
+        box = label.get_window_extent(renderer).padded(2)
+        covered = sum(_overlap(box, other) for other in blocked)
+        if covered < least:
+            least, best = covered, label.xy[0]
+    label.xy = (best, 1.0)
+    return label.get_window_extent(renderer)
 
 
 def _move_clear(label: Any, frame: Any, blocked: list[Any], renderer: Any) -> tuple[float, float]:

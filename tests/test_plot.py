@@ -35,6 +35,7 @@ ROWS = (
     _row("w2a8", "candidate", 4.6, 1.5),
     _row("wta8", "candidate", 4.62, 1.2),
     _row("w1a8", "candidate", 4.7, 0.6),
+    _row("slow", "candidate", 1.05, -1.0),
 )
 
 
