@@ -1,5 +1,34 @@
-"""Low-bit inference for PyTorch models on CPUs."""
+"""Low-bit inference for PyTorch models on CPUs: INT8, INT4, INT2, ternary and binary weights.
+
+    qmodel = lowbit.quantize(model, "w4a8")      # a quantized copy
+    report = lowbit.quantize_(model, "w8a8")     # in place; the account of every layer
+    lowbit.compare(model, ["w8a8", "w4a8"], x)   # speed, size and quality, side by side
+"""
 
 import torch  # noqa: F401  first: it loads the OpenMP runtime that the extension then shares
 
-from lowbit import _core  # noqa: F401
+from lowbit import _core, nn
+from lowbit.compare import compare
+from lowbit.convert import quantize, quantize_, register_converter
+from lowbit.info import cpu_info
+from lowbit.report import Report, summary
+from lowbit.schemes import RECIPES, Scheme
+from lowbit.serialize import load_file, save_file
+
+__version__: str = _core.build_info()["version"]
+
+__all__ = [
+    "RECIPES",
+    "Report",
+    "Scheme",
+    "__version__",
+    "compare",
+    "cpu_info",
+    "load_file",
+    "nn",
+    "quantize",
+    "quantize_",
+    "register_converter",
+    "save_file",
+    "summary",
+]
