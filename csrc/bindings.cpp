@@ -92,10 +92,27 @@ void call_linear(Address x, int64_t m, Address y, int format, int activation, in
 
 constexpr size_t kGeometrySize = 16;
 
-Conv2dGeometry make_geometry(const std::vector<int64_t>& v) {
+Conv2dGeometry make_geometry(const std::vector<int64_t>& v, bool x_channels_last,
+                             bool y_channels_last) {
   require(v.size() == kGeometrySize, "geometry has " + std::to_string(kGeometrySize) + " numbers");
-  const Conv2dGeometry g{v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6],  v[7],
-                         v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+  const Conv2dGeometry g{v[0],
+                         v[1],
+                         v[2],
+                         v[3],
+                         v[4],
+                         v[5],
+                         v[6],
+                         v[7],
+                         v[8],
+                         v[9],
+                         v[10],
+                         v[11],
+                         v[12],
+                         v[13],
+                         v[14],
+                         v[15],
+                         x_channels_last,
+                         y_channels_last};
   for (size_t i = 0; i < 7; ++i) require(v[i] >= 0, "geometry: negative size");
   require(g.kernel_h > 0 && g.kernel_w > 0 && g.stride_h > 0 && g.stride_w > 0 &&
               g.dilation_h > 0 && g.dilation_w > 0,
@@ -110,12 +127,14 @@ Conv2dGeometry make_geometry(const std::vector<int64_t>& v) {
 
 void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int format,
                  int activation, int64_t group_size, Address packed, Address scale,
-                 Address group_scale, Address group_zero, Address bias, int threads) {
-  const Conv2dGeometry g = make_geometry(geometry);
+                 Address group_scale, Address group_zero, Address bias, int threads,
+                 bool x_channels_last, bool y_channels_last) {
+  const Conv2dGeometry g = make_geometry(geometry, x_channels_last, y_channels_last);
   const Weights w = make_weights(format, g.out_channels, conv2d_depth(format_of(format), g),
                                  group_size, packed, scale, group_scale, group_zero, bias);
   const Activation a = activation_of(activation);
   require(threads >= 1, "threads >= 1 is required");
+  require(x_channels_last || a != Activation::binary, "binary activations need x in NHWC");
   const int64_t inputs = g.batch * g.height * g.width * g.channels;
   require((x != 0 || inputs == 0) &&
               (y != 0 || g.batch * g.out_height * g.out_width * g.out_channels == 0),
@@ -248,7 +267,7 @@ PYBIND11_MODULE(_core, m) {
         "threads"_a);
   m.def("conv2d", &call_conv2d, "x"_a, "y"_a, "geometry"_a, "format"_a, "activation"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
-        "threads"_a);
+        "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true);
 
   m.def("probe", &probe, "what"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a,

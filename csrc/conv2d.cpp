@@ -70,22 +70,30 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
 
   parallel(threads, [&](int thread, int team) {
     images.quantize(x, thread, team);
-    static thread_local Scratch rows_scratch;
+    static thread_local Scratch rows_scratch, block_scratch;
     const Range mine = part(g.batch * blocks, thread, team);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
       const Range block = part(pixels, b % blocks, blocks);
       const int64_t count = block.end - block.begin;
+      float* out = y + (image * pixels + block.begin) * g.out_channels;
+      if (!g.y_channels_last) {
+        block_scratch.reserve(Scratch::bytes<float>(count * g.out_channels));
+        out = block_scratch.take<float>(count * g.out_channels);
+      }
       if (g.depthwise()) {
-        depthwise(kernel, g, weights, depth, images, image, block.begin, count, y);
-        continue;
+        depthwise(kernel, g, weights, depth, images, image, block.begin, count, out);
+      } else {
+        Columns columns(kernel, g, weights, depth, images, count, rows_scratch);
+        for (int64_t group = 0; group < g.groups; ++group) {
+          const Weights w = group_weights(weights, g, depth, group);
+          gemm(kernel, w, depth, columns.fill(image, block.begin, count, group), 0, w.n,
+               out + group * w.n, g.out_channels);
+        }
       }
-      Columns columns(kernel, g, weights, depth, images, count, rows_scratch);
-      for (int64_t group = 0; group < g.groups; ++group) {
-        const Weights w = group_weights(weights, g, depth, group);
-        gemm(kernel, w, depth, columns.fill(image, block.begin, count, group), 0, w.n,
-             y + (image * pixels + block.begin) * g.out_channels + group * w.n, g.out_channels);
-      }
+      if (!g.y_channels_last)
+        kernel.transpose(count, g.out_channels, out,
+                         y + image * pixels * g.out_channels + block.begin, pixels);
     }
   });
 }

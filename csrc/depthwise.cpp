@@ -43,7 +43,6 @@ class Depthwise {
   void run(int64_t image, int64_t first, int64_t count, float* y) {
     const Conv2dGeometry& g = geometry_;
     std::fill_n(row_scale_, kTilePixels, images_.scale(image));
-    y += image * g.out_height * g.out_width * g.out_channels;
     for (int64_t at = first; at < first + count; at += kTilePixels) {
       const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, first + count - at));
       point_taps(image, at, pixels);
@@ -51,8 +50,8 @@ class Depthwise {
         const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
         const float* f = channels(c, cols, pixels);
         kernel_.finish(pixels, cols, f, row_scale_, weights_.scale + c,
-                       weights_.bias ? weights_.bias + c : nullptr, y + at * g.out_channels + c,
-                       g.out_channels);
+                       weights_.bias ? weights_.bias + c : nullptr,
+                       y + (at - first) * g.out_channels + c, g.out_channels);
       }
     }
   }

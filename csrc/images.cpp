@@ -54,7 +54,10 @@ void Images::quantize(const float* x, int thread, int team) {
   team_barrier(team);
   for (int64_t i = 0; i < geometry_.batch; ++i) {
     const Range mine = part(pixels, thread, team);
-    encode_pixels(x + i * elements_, i, mine.begin, mine.end);
+    if (geometry_.x_channels_last)
+      encode_pixels(x + i * elements_, i, mine.begin, mine.end);
+    else
+      encode_planes(x + i * elements_, i, mine.begin, mine.end);
   }
   team_barrier(team);
 }
@@ -78,6 +81,33 @@ void Images::encode_pixels(const float* x, int64_t image, int64_t begin, int64_t
     encode(kernel_, activation_, unit, x + i * channels, channels, q + i * pitch_, lo + i * pitch_);
     for (int p = 0; p < planes_; ++p)
       std::memset((p ? lo : q) + i * pitch_ + channels, 0, static_cast<size_t>(pitch_ - channels));
+  }
+}
+
+// The same from NCHW: 4 channels of 64 pixels at a time are encoded where they lie and transposed
+// as codes.
+void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t end) {
+  constexpr int kRun = 64;
+  const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
+  const UnitScale unit{scale_[image], inverse_[image]};
+  int8_t* codes = codes_ + image * planes_ * pixels * pitch_;
+  alignas(64) int8_t q[4 * kRun] = {}, lo[4 * kRun] = {};
+  for (int64_t at = begin; at < end; at += kRun) {
+    const int count = static_cast<int>(std::min<int64_t>(kRun, end - at));
+    // Up to the pitch: the channels that only pad a pixel get codes of 0.
+    for (int64_t c = 0; c < pitch_; c += 4) {
+      for (int64_t i = 0; i < 4; ++i) {
+        if (c + i < channels)
+          encode(kernel_, activation_, unit, x + (c + i) * pixels + at, count, q + i * kRun,
+                 lo + i * kRun);
+        else
+          std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
+      }
+      const int width = static_cast<int>(std::min<int64_t>(4, pitch_ - c));
+      kernel_.transpose4(q, count, width, codes + at * pitch_ + c, pitch_);
+      if (planes_ == 2)
+        kernel_.transpose4(lo, count, width, codes + (pixels + at) * pitch_ + c, pitch_);
+    }
   }
 }
 

@@ -44,6 +44,7 @@ class Images {
 
  private:
   void encode_pixels(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
 
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;

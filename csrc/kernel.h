@@ -45,6 +45,9 @@ struct Kernel {
   void (*binarize_bits)(const float* x, int64_t n,
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
   int32_t (*sum)(const int8_t* q, int64_t n);
+  // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
+  // channels last.
+  void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);
 
   // Epilogue, on tiles of `rows` x nr.
   // f = float((acc << shift) + offset[r])
@@ -59,6 +62,8 @@ struct Kernel {
   // y[r][c] = fma(f[r][c], row_scale[r] * scale[c], bias[c]) for c < cols; bias null: 0
   void (*finish)(int rows, int cols, const float* f, const float* row_scale, const float* scale,
                  const float* bias, float* y, ptrdiff_t y_pitch);
+  // y[c * y_pitch + r] = x[r * cols + c]: a block of pixels to channels first
+  void (*transpose)(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch);
   // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to nr are zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
 

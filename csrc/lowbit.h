@@ -35,6 +35,8 @@ struct Conv2dGeometry {
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t pad_top, pad_left;  // what is missing below and to the right is implied by out_*
   int64_t dilation_h, dilation_w, groups;
+  bool x_channels_last = true;  // NHWC, else NCHW
+  bool y_channels_last = true;
 
   bool depthwise() const { return groups > 1 && groups == channels && groups == out_channels; }
 };
@@ -46,9 +48,9 @@ int64_t tap_channels(Format format, int64_t channels_per_group);
 // K of a convolution in the packed layout: taps * tap_channels, or for a depthwise one the taps.
 int64_t conv2d_depth(Format format, const Conv2dGeometry& geometry);
 
-// y and x are NHWC. Scale of the activations: one an image. weights.k = conv2d_depth(). A depthwise
-// convolution's weights are packed as an [n, taps] matrix; those of the groups of any other are
-// packed one by one and stacked.
+// Scale of the activations: one an image. weights.k = conv2d_depth(). A depthwise convolution's
+// weights are packed as an [n, taps] matrix; those of the groups of any other are packed one by one
+// and stacked. Binary activations want x in NHWC: the order of their sum.
 void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
             Activation activation, float* y, int threads);
 

@@ -110,8 +110,15 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
   const int64_t group_bytes =
       packed_panels(out) * ((w.k + f.depth() - 1) / f.depth()) * kVectorBytes;
   const int64_t size = g.height * g.width * g.channels;
+  std::vector<float> nhwc(static_cast<size_t>(size));
+  const int64_t pixels = g.out_height * g.out_width;
   for (int64_t image = 0; image < g.batch; ++image) {
-    const Quantized q = quantize(x + image * size, size, activation);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t pixel = i / g.channels, c = i % g.channels;
+      nhwc[static_cast<size_t>(i)] =
+          x[image * size + (g.x_channels_last ? i : c * g.height * g.width + pixel)];
+    }
+    const Quantized q = quantize(nhwc.data(), size, activation);
     for (int64_t oy = 0; oy < g.out_height; ++oy)
       for (int64_t ox = 0; ox < g.out_width; ++ox)
         for (int64_t n = 0; n < g.out_channels; ++n) {
@@ -123,9 +130,11 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
             if (c >= in || iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0;
             return q.codes[static_cast<size_t>((iy * g.width + ix) * g.channels + group * in + c)];
           };
-          *y++ = g.depthwise()
-                     ? output(w, w.packed, n, n, q.scale, code)
-                     : output(w, w.packed + group * group_bytes, n % out, n, q.scale, code);
+          const int64_t pixel = oy * g.out_width + ox;
+          const int64_t at = g.y_channels_last ? pixel * g.out_channels + n : n * pixels + pixel;
+          y[image * pixels * g.out_channels + at] =
+              g.depthwise() ? output(w, w.packed, n, n, q.scale, code)
+                            : output(w, w.packed + group * group_bytes, n % out, n, q.scale, code);
         }
   }
 }

@@ -170,6 +170,24 @@ void depthwise_any(int rows, const int8_t* const* taps, ptrdiff_t tap_stride, in
   }
 }
 
+// Rows are 64 bytes and may be read whole.
+void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
+  for (int i = 0; i < count; i += 16) {
+    Reg v[kRegs];
+    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
+    int32_t pixels[16];
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
+    const int n = count - i < 16 ? count - i : 16;
+    if (channels == 4) {
+      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
+    } else {
+      for (int j = 0; j < n; ++j)
+        for (int c = 0; c < channels; ++c)
+          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
+    }
+  }
+}
+
 // The ceilings: the kernels' own instruction mix on registers alone.
 constexpr int kChains = 12;
 

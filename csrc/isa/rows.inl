@@ -112,6 +112,16 @@ void finish(int rows, int cols, const float* f, const float* row_scale, const fl
   }
 }
 
+// In squares of 16, so that the lines that are touched stay in the first cache.
+void transpose(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch) {
+  for (int64_t c0 = 0; c0 < cols; c0 += 16)
+    for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+      const int64_t c1 = c0 + 16 < cols ? c0 + 16 : cols, r1 = r0 + 16 < rows ? r0 + 16 : rows;
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t r = r0; r < r1; ++r) y[c * y_pitch + r] = x[r * cols + c];
+    }
+}
+
 // float16 to float32, exactly, subnormals, infinities and NaN included.
 inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
