@@ -13,6 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# The oracle's products are small: threads of BLAS would only fight the kernels' for the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported, below
+
 import hypothesis
 import numpy as np
 import pytest

@@ -113,14 +113,9 @@ def packed_shape(fmt: str, n: int, k: int) -> tuple[int, int, int]:
     return -(-n // LANES), -(-k // FORMATS[fmt].depth), VECTOR_BYTES
 
 
-def _address(f: Format, n: int, k: int) -> tuple[np.ndarray, ...]:
-    """(panel, step, byte, shift) of each code of an [n, k] matrix, as broadcastable arrays."""
-    channel = np.arange(n)[:, None]
-    index = np.arange(k)[None, :]
-    panel, lane = channel // LANES, channel % LANES
-    step, within = index // f.depth, index % f.depth
-    plane, j = within // 4, within % 4
-    return np.broadcast_arrays(panel, step, 4 * lane + j, f.bits * plane)
+def _shifts(f: Format) -> np.ndarray:
+    """How far each bit field of a byte is shifted, uint8 [planes, 1]."""
+    return (f.bits * np.arange(f.planes, dtype=np.uint8))[:, None]
 
 
 def pack(codes: np.ndarray, fmt: str) -> np.ndarray:
@@ -134,17 +129,22 @@ def pack(codes: np.ndarray, fmt: str) -> np.ndarray:
     n, k = codes.shape
     if codes.size and int(codes.max()) > f.max_code:
         raise ValueError(f"a code does not fit {f.bits} bits")
-    packed = np.zeros(packed_shape(fmt, n, k), np.uint8)
-    panel, step, byte, shift = _address(f, n, k)
-    np.bitwise_or.at(packed, (panel, step, byte), codes << shift.astype(np.uint8))
-    return packed
+    panels, steps, _ = packed_shape(fmt, n, k)
+    padded = np.zeros((panels * LANES, steps * f.depth), np.uint8)
+    padded[:n, :k] = codes
+    fields = padded.reshape(panels, LANES, steps, f.planes, 4) << _shifts(f)
+    words = np.bitwise_or.reduce(fields, axis=3)  # [panels, lanes, steps, 4]
+    return np.ascontiguousarray(words.transpose(0, 2, 1, 3)).reshape(panels, steps, VECTOR_BYTES)
 
 
 def unpack(packed: np.ndarray, fmt: str, n: int, k: int) -> np.ndarray:
     """The inverse of `pack`: codes uint8 [n, k]."""
     f = FORMATS[fmt]
-    panel, step, byte, shift = _address(f, n, k)
-    return (packed[panel, step, byte] >> shift.astype(np.uint8)) & np.uint8(f.max_code)
+    panels, steps, _ = packed_shape(fmt, n, k)
+    words = packed.reshape(panels, steps, LANES, 1, 4)
+    fields = (words >> _shifts(f)) & np.uint8(f.max_code)  # [panels, steps, lanes, planes, 4]
+    codes = fields.transpose(0, 2, 1, 3, 4).reshape(panels * LANES, steps * f.depth)
+    return np.ascontiguousarray(codes[:n, :k])
 
 
 def is_depthwise(channels: int, out_channels: int, groups: int) -> bool:

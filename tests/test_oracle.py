@@ -1,6 +1,11 @@
 """The oracle itself, against rational arithmetic, element-by-element loops and torch."""
 
+import ctypes
+import signal
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -8,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from operands import Guarded, assert_same_bits
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 DENORMAL = float(np.finfo(np.float32).smallest_subnormal)
@@ -405,3 +411,38 @@ def test_padding_of_a_convolution_counts_nothing(fmt, activation, rng):
     corner = [y[0, i, j].tolist() for i, j in ((0, 0), (0, 1), (2, 2), (1, 2))]
     assert corner == [bias.tolist()] * 4
     assert y[0, 1, 1].tolist() != bias.tolist()
+
+
+# --- operands in guarded memory ------------------------------------------------------------------
+
+
+def test_memory_after_an_operand_cannot_be_touched():
+    code = (
+        "import ctypes, sys, numpy; sys.path.insert(0, sys.argv[1])\n"
+        "from operands import Guarded\n"
+        "guarded = Guarded(numpy.arange(3, dtype=numpy.float32))\n"
+        "ctypes.string_at(guarded.address, 12)\n"
+        "print('inside', flush=True)\n"
+        "ctypes.string_at(guarded.address, 13)\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(oracle.__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.strip() == "inside", result.stderr
+    assert result.returncode == -signal.SIGSEGV
+
+
+def test_memory_before_an_output_is_checked():
+    guarded = Guarded.output((3,))
+    guarded.array[:] = 0
+    guarded.check_before()
+    ctypes.memset(guarded.address - 1, 0, 1)
+    with pytest.raises(AssertionError, match="before"):
+        guarded.check_before()
+
+
+def test_comparison_tells_bits_apart():
+    a = np.float32([0.0, np.nan, 1.0])
+    assert_same_bits(a, np.float32([0.0, -np.nan, 1.0]))
+    for other in ([-0.0, np.nan, 1.0], [0.0, 1.0, 1.0], [0.0, np.nan, 1 + 2.0**-23]):
+        with pytest.raises(AssertionError, match="1 of 3 outputs differ"):
+            assert_same_bits(a, np.float32(other))

@@ -128,15 +128,13 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
-def test_strided_codes_are_never_misread(fmt, view, rng):
-    """Refused, or packed as they read."""
-    codes = view(oracle.random_codes(rng, fmt, (60, 80)))
-    try:
-        packed = _core.pack(codes, fmt)
-    except (TypeError, ValueError) as error:
-        assert "contiguous" in str(error)  # noqa: PT017  either outcome is right
-    else:
-        np.testing.assert_array_equal(packed, oracle.pack(codes, fmt))
+def test_strided_codes_are_refused(view):
+    """Only C order is taken: a copy is the caller's to make."""
+    codes = view(np.ones((60, 80), np.uint8))
+    assert not codes.flags.c_contiguous
+    with pytest.raises(TypeError, match="uint8"):
+        _core.pack(codes, "int8")
+    assert _core.pack(np.ascontiguousarray(codes), "int8").any()
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (1, 2, 8)])
@@ -160,7 +158,7 @@ def test_packed_of_another_shape_is_refused(shape):
 def test_sizes_that_do_not_match_are_refused(n, k):
     packed = np.zeros((3, 3, 64), np.uint8)
     for function in (_core.unpack, _core.padding_is_zero):
-        with pytest.raises(ValueError, match=r"\d"):
+        with pytest.raises(ValueError, match="negative" if min(n, k) < 0 else f"{n} x {k}"):
             function(packed, "int8", n, k)
 
 
