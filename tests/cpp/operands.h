@@ -130,7 +130,7 @@ class GuardedWeights {
   // `codes` has n / conv_groups rows for each conv group; they are packed one group by one.
   GuardedWeights(Lcg& draw, Format format, int64_t n, int64_t k, const std::vector<uint8_t>& codes,
                  Groups groups, bool bias, Edge edge, int64_t conv_groups = 1)
-      : packed_(pack_groups(format, n, k, codes, conv_groups), edge),
+      : packed_(static_cast<size_t>(conv_groups * group_bytes(format, n / conv_groups, k)), edge),
         scale_(floats(draw, n), edge),
         group_scale_(halves(draw, groups.size ? n * group_count(k, groups) : 0), edge),
         group_zero_(halves(draw, groups.zeros ? n * group_count(k, groups) : 0), edge),
@@ -143,7 +143,12 @@ class GuardedWeights {
                  scale_.data(),
                  group_scale_.data_or_null(),
                  group_zero_.data_or_null(),
-                 bias_.data_or_null()} {}
+                 bias_.data_or_null()} {
+    const int64_t rows = n / conv_groups;
+    for (int64_t g = 0; g < conv_groups; ++g)
+      pack(codes.data() + g * rows * k, rows, k, format,
+           packed_.data() + g * group_bytes(format, rows, k));
+  }
 
   const Weights& get() const { return weights_; }
 
@@ -152,14 +157,8 @@ class GuardedWeights {
     return (k + groups.size - 1) / groups.size;
   }
 
-  static std::vector<uint8_t> pack_groups(Format format, int64_t n, int64_t k,
-                                          const std::vector<uint8_t>& codes, int64_t groups) {
-    const int64_t rows = n / groups;
-    const int64_t bytes = packed_panels(rows) * packed_steps(format, k) * kVectorBytes;
-    std::vector<uint8_t> packed(static_cast<size_t>(groups * bytes));
-    for (int64_t g = 0; g < groups; ++g)
-      pack(codes.data() + g * rows * k, rows, k, format, packed.data() + g * bytes);
-    return packed;
+  static int64_t group_bytes(Format format, int64_t rows, int64_t k) {
+    return packed_panels(rows) * packed_steps(format, k) * kVectorBytes;
   }
 
   static std::vector<float> floats(Lcg& draw, int64_t count) {
@@ -207,5 +206,14 @@ void for_each_pair(Test test) {
     for (int a = 0; a < kActivationCount; ++a)
       test(static_cast<Format>(f), static_cast<Activation>(a));
 }
+
+// For sizes that several threads share: threads know nothing of formats, but of these kinds.
+inline constexpr struct {
+  Format format;
+  Activation activation;
+} kThreadedPairs[] = {{Format::int8, Activation::int8},
+                      {Format::int4, Activation::int16},
+                      {Format::ternary, Activation::binary},
+                      {Format::binary, Activation::binary}};
 
 }  // namespace lowbit::test

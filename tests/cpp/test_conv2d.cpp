@@ -25,8 +25,9 @@ std::string describe(Format format, Activation activation, const Conv2dGeometry&
     << g.channels << " -> " << g.out_height << "x" << g.out_width << "x" << g.out_channels
     << ", kernel " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h << "x"
     << g.stride_w << ", pad " << g.pad_top << "x" << g.pad_left << ", dilation " << g.dilation_h
-    << "x" << g.dilation_w << ", groups " << g.groups << ", group_size " << groups.size
-    << (groups.zeros ? " with zeros" : "");
+    << "x" << g.dilation_w << (g.x_channels_last ? "" : ", x NCHW")
+    << (g.y_channels_last ? "" : ", y NCHW") << ", groups " << g.groups << ", group_size "
+    << groups.size << (groups.zeros ? " with zeros" : "");
   return s.str();
 }
 
@@ -40,7 +41,9 @@ std::vector<uint8_t> conv_codes(Lcg& draw, Format format, const Conv2dGeometry& 
   return codes;
 }
 
-void check(Lcg& draw, Format format, Activation activation, const Conv2dGeometry& g) {
+void check(Lcg& draw, Format format, Activation activation, Conv2dGeometry g) {
+  g.x_channels_last = activation == Activation::binary || draw.one_in(2);
+  g.y_channels_last = draw.one_in(2);
   const Groups groups = draw.pick(kAllGroups);
   const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
   const std::string what = describe(format, activation, g, groups);
@@ -53,7 +56,7 @@ void check(Lcg& draw, Format format, Activation activation, const Conv2dGeometry
   std::vector<float> expected(count);
   reference::conv2d(x.data(), g, weights.get(), activation, expected.data());
   const GuardedBuffer<float> in(x, edge);
-  for (int threads : {1, static_cast<int>(2 + draw.below(4))}) {
+  for (int threads : {1, 2, static_cast<int>(3 + draw.below(3))}) {
     GuardedBuffer<float> out(count, edge);
     conv2d(in.data(), g, weights.get(), activation, out.data(), threads);
     const std::string problem = difference(out.data(), expected.data(), count);
@@ -161,24 +164,32 @@ TEST_CASE("depthwise convolutions of many taps") {
   });
 }
 
-TEST_CASE("an image large enough for several threads") {
-  for_each_pair([](Format format, Activation activation) {
+TEST_CASE("images large enough for several threads") {
+  // A thread is woken for about a million multiply-accumulates.
+  constexpr struct {
+    int64_t batch, size, channels, out_channels, groups, stride;
+  } kSizes[] = {{1, 15, 36, 67, 1, 1},
+                {3, 19, 40, 33, 1, 2},
+                {2, 13, 66, 64, 2, 1},
+                {1, 45, 150, 150, 150, 1},
+                {5, 1, 700, 300, 1, 1}};
+  for (const auto& pair : kThreadedPairs) {
     Lcg draw(26);
-    Conv2dGeometry g{};
-    g.batch = 2;
-    g.height = g.width = 21;
-    g.channels = 36;
-    g.out_channels = 67;
-    g.kernel_h = g.kernel_w = 3;
-    g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
-    g.pad_top = g.pad_left = 1;
-    g.out_height = g.out_width = 21;
-    g.groups = 1;
-    check(draw, format, activation, g);
-    g.stride_h = g.stride_w = 2;
-    g.out_height = g.out_width = 11;
-    check(draw, format, activation, g);
-  });
+    for (const auto& size : kSizes) {
+      Conv2dGeometry g{};
+      g.batch = size.batch;
+      g.height = g.width = size.size;
+      g.channels = size.channels;
+      g.out_channels = size.out_channels;
+      g.groups = size.groups;
+      g.kernel_h = g.kernel_w = size.size == 1 ? 1 : 3;
+      g.pad_top = g.pad_left = g.kernel_h / 2;
+      g.stride_h = g.stride_w = size.stride;
+      g.dilation_h = g.dilation_w = 1;
+      g.out_height = g.out_width = (size.size - 1) / size.stride + 1;
+      check(draw, pair.format, pair.activation, g);
+    }
+  }
 }
 
 TEST_CASE("no images") {

@@ -46,7 +46,7 @@ void check_random(Lcg& draw, Format format, Activation activation, int64_t m, in
   const GuardedWeights weights(draw, format, n, k, codes, groups, bias, edge);
   const std::vector<float> x = make_rows(draw, activation, m, k);
   check(describe(format, activation, m, n, k, groups, bias), x, m, weights.get(), activation, edge,
-        {1, static_cast<int>(2 + draw.below(4))});
+        {1, 2, static_cast<int>(3 + draw.below(3))});
 }
 
 }  // namespace
@@ -82,6 +82,15 @@ TEST_CASE("random sizes") {
       check_random(draw, format, activation, 1 + draw.below(20), 1 + draw.below(200),
                    1 + draw.below(400));
   });
+}
+
+TEST_CASE("sizes large enough for several threads") {
+  // A thread is woken for about a million multiply-accumulates.
+  constexpr int64_t kSizes[][3] = {{1, 1500, 2600}, {7, 700, 800}, {90, 130, 300}, {300, 20, 500}};
+  for (const auto& pair : kThreadedPairs) {
+    Lcg draw(19);
+    for (const auto& [m, n, k] : kSizes) check_random(draw, pair.format, pair.activation, m, n, k);
+  }
 }
 
 TEST_CASE("no rows, no depth") {
