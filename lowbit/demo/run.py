@@ -1,0 +1,58 @@
+"""Runs the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lowbit.compare import compare
+from lowbit.convert import quantize
+from lowbit.demo.network import load_model, predict
+from lowbit.demo.photographs import PHOTOS, load_views
+from lowbit.demo.result import Demo
+from lowbit.demo.schemes import MIXED, MIXED_OVERRIDES, MIXED_SCHEME, SCHEMES
+from lowbit.report import summary
+
+Progress = Callable[[str, float], None]
+
+
+def run(budget_seconds: float = 12.0, progress: Progress | None = None) -> Demo:
+    """Converts the network to every scheme of `SCHEMES`, and compares.
+
+    Args:
+        budget_seconds: for the timing of the comparison.
+        progress: called with the stage and the share of it that is done.
+
+    Raises:
+        ModuleNotFoundError: a package of the demo is not installed; the message says how to.
+    """
+    say = progress if progress is not None else _silent
+    say("loading the network", 0.0)
+    model = load_model()
+    views = {photo.name: load_views(photo) for photo in PHOTOS}
+    models: dict[str, nn.Module] = {"float32": model}
+    for done, scheme in enumerate(SCHEMES):
+        say(f"converting to {scheme}", done / len(SCHEMES))
+        models[scheme] = quantize(model, scheme)
+    models[MIXED] = quantize(model, MIXED_SCHEME, overrides=MIXED_OVERRIDES)
+    predictions = {
+        name: {photo.name: predict(side, photo, views[photo.name]) for photo in PHOTOS}
+        for name, side in models.items()
+    }
+    candidates = {name: models[name] for name in (*SCHEMES, MIXED)}
+    comparison = compare(
+        model,
+        candidates,
+        # Slices, not view[None], whose strides torch does not take for channels_last.
+        [photo[i : i + 1] for photo in views.values() for i in range(len(photo))],
+        budget_seconds=budget_seconds,
+        task="classification",
+        progress=say,
+    )
+    reports = {name: summary(side) for name, side in candidates.items()}
+    return Demo(predictions, reports, comparison)
+
+
+def _silent(stage: str, share: float) -> None:
+    pass
