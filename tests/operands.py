@@ -20,6 +20,8 @@ from lowbit import _core
 FORMAT_INDEX = {name: i for i, name in enumerate(_core.FORMATS)}
 ACTIVATION_INDEX = {name: i for i, name in enumerate(_core.ACTIVATIONS)}
 
+TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
 PATTERN = 0xA5  # unwritten memory: as a float32, an ordinary small negative number
 PROT_NONE = 0
 
@@ -137,16 +139,24 @@ def core_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     threads: int = 1,
+    x_channels_last: bool = True,
+    y_channels_last: bool = True,
 ) -> np.ndarray:
-    """`_core.conv2d` of x float32 [B, H, W, C], arguments as in `oracle.conv2d`."""
+    """`_core.conv2d` of x float32 [B, H, W, C], arguments as in `oracle.conv2d`.
+
+    Args:
+        x_channels_last: whether the kernel reads NHWC; otherwise it is handed x as NCHW.
+        y_channels_last: whether it writes NHWC; what is returned is NHWC in any case.
+    """
     batch, height, width, channels = x.shape
     out_channels, kernel_h, kernel_w, _ = weights.codes.shape
     top, bottom, left, right = padding
     out_height = oracle.output_size(height, kernel_h, stride[0], top + bottom, dilation[0])
     out_width = oracle.output_size(width, kernel_w, stride[1], left + right, dilation[1])
-    y = Guarded.output((batch, out_height, out_width, out_channels))
+    y_shape = (batch, out_height, out_width, out_channels)
+    y = Guarded.output(y_shape if y_channels_last else tuple(y_shape[i] for i in TO_NCHW))
     operands, fields = _operands(oracle.pack_conv(weights.codes, weights.fmt, groups), weights)
-    x = Guarded(x)
+    x = Guarded(x if x_channels_last else x.transpose(TO_NCHW))
     geometry = (batch, height, width, channels, out_channels, out_height, out_width)
     geometry += (kernel_h, kernel_w, *stride, top, left, *dilation, groups)
     _core.conv2d(
@@ -158,10 +168,12 @@ def core_conv2d(
         weights.group_size or 0,
         *fields,
         threads,
+        x_channels_last,
+        y_channels_last,
     )
     del operands
     y.check_before()
-    return y.array.copy()
+    return (y.array if y_channels_last else y.array.transpose(TO_NHWC)).copy()
 
 
 def _operands(packed: np.ndarray, weights: Weights) -> tuple[list, list[int]]:

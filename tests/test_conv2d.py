@@ -124,10 +124,20 @@ def case(fmt, activation, conv, group_size=None, zeros=False, bias=True, kind="u
     return x, weights, oracle.conv2d(x, *weights.astuple(), activation, **conv.geometry)
 
 
-def check(kernel, conv, *args, threads=1, **kwargs):
+def check(kernel, conv, *args, call=None, **kwargs):
+    """`call`: arguments of `core_conv2d` that must not change the result."""
     x, weights, expected = case(kernel.fmt, kernel.activation, conv, *args, **kwargs)
-    actual = core_conv2d(x, weights, kernel.activation, **conv.geometry, threads=threads)
+    actual = core_conv2d(x, weights, kernel.activation, **conv.geometry, **call or {})
     assert_same_bits(actual, expected)
+
+
+def memory_formats(activation: str) -> list[dict]:
+    """Arguments for every memory format; binary activations are read in the order (h, w, c)."""
+    return [
+        {"x_channels_last": x, "y_channels_last": y}
+        for x in ((True,) if activation == "binary" else (True, False))
+        for y in (True, False)
+    ]
 
 
 def check_images(kernel, conv, x, weights):
@@ -140,8 +150,9 @@ def check_images(kernel, conv, x, weights):
 
 @pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
 def test_shapes(kernel, conv):
-    check(kernel, conv)
-    check(kernel, conv, bias=False, threads=3)
+    for memory_format in memory_formats(kernel.activation):
+        check(kernel, conv, call=memory_format)
+    check(kernel, conv, bias=False, call={"threads": 3})
 
 
 GROUPED_SCALES = ["dense", "stride", "pointwise-ragged", "kernel-beyond-image", "first-7x7"]
@@ -166,7 +177,8 @@ def test_row_counts(kernel, width):
 def test_threads(kernel):
     for name in ("dense-large", "first", "depthwise-wide", "grouped-ragged", "pointwise"):
         for threads in (2, 5):
-            check(kernel, CONVS[name], threads=threads)
+            for memory_format in memory_formats(kernel.activation):
+                check(kernel, CONVS[name], call={"threads": threads, **memory_format})
 
 
 def test_no_images(kernel):
@@ -205,10 +217,9 @@ def test_any_geometry(isa, data):
     zeros, bias = draw(st.booleans()), draw(st.booleans())
     weights = random_weights(rng, fmt, conv.weight_shape, group_size, zeros, bias, kind)
     x = rng.normal(size=(conv.batch, *conv.size, channels)).astype(np.float32)
-    threads = draw(st.integers(1, 3))
+    call = {"threads": draw(st.integers(1, 3)), **draw(st.sampled_from(memory_formats(activation)))}
     expected = oracle.conv2d(x, *weights.astuple(), activation, **conv.geometry)
-    actual = core_conv2d(x, weights, activation, **conv.geometry, threads=threads)
-    assert_same_bits(actual, expected)
+    assert_same_bits(core_conv2d(x, weights, activation, **conv.geometry, **call), expected)
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -275,8 +286,9 @@ def test_special_images_beside_ordinary_ones(kernel, name):
     geometry = CONVS[name].geometry
     for group_size in (None, 64):
         x, weights, expected = special_case(kernel.fmt, kernel.activation, name, group_size)
-        y = core_conv2d(x, weights, kernel.activation, **geometry)
-        assert_same_bits(y, expected)
+        for memory_format in memory_formats(kernel.activation):
+            y = core_conv2d(x, weights, kernel.activation, **geometry, **memory_format)
+            assert_same_bits(y, expected)
     # What a user is promised, said without the oracle.
     assert np.isnan(y[[1, 3, 5]]).all()
     assert np.isfinite(y[[0, 2, 4, 13]]).all()
@@ -328,6 +340,14 @@ def deep_weights(fmt, channels):
     weights = random_weights(np.random.default_rng(0), fmt, (3, 1, 1, channels))
     weights.codes[0], weights.codes[1] = 0, oracle.FORMATS[fmt].max_code
     return weights
+
+
+def test_binary_activations_are_read_in_nhwc_alone():
+    """Their scale is a float sum in the order (h, w, c)."""
+    conv = CONVS["dense"]
+    x, weights, _ = case("binary", "binary", conv)
+    with pytest.raises(ValueError, match="NHWC"):
+        core_conv2d(x, weights, "binary", **conv.geometry, x_channels_last=False)
 
 
 # --- arguments -----------------------------------------------------------------------------------
