@@ -1,0 +1,236 @@
+"""Replace the layers of a float model by lowbit layers, and account for every one of them.
+
+`plan.py` decides what is done, `rules.py` what can convert and how.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lowbit import rules
+from lowbit.plan import HOOKS, Filter, Job, Overrides, SchemeLike, make_plan
+from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
+from lowbit.rules import register_converter
+
+__all__ = ["quantize", "quantize_", "register_converter"]
+
+_HOOK_FLAGS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+# What every float layer's __dict__ holds; anything else on a layer was put there by its user.
+_FLOAT_ATTRIBUTES = vars(nn.Linear(1, 1, device="meta")) | vars(nn.Conv2d(1, 1, 1, device="meta"))
+
+
+def quantize(
+    model: nn.Module,
+    scheme: SchemeLike | None,
+    *,
+    overrides: Overrides | None = None,
+    filter_fn: Filter | None = None,
+) -> nn.Module:
+    """A quantized copy of a model; `lowbit.summary` gives its account.
+
+    The float weights of converted layers are not copied. Everything else is.
+
+    Args:
+        model: any module with `nn.Linear` or `nn.Conv2d` layers; untouched.
+        scheme: for every layer that no override names: a recipe ("w4a8-g128"), a `Scheme`, its
+            dict, or None to keep them float.
+        overrides: ordered; from the exact name of a layer, or "re:" and a regular expression for
+            the full name, to a scheme or None. The first that matches decides.
+        filter_fn: `filter_fn(module, name)`; only layers for which it returns True convert.
+
+    Returns:
+        The copy. Where `model` is itself a layer, the lowbit layer.
+
+    Raises:
+        ValueError: a scheme is not valid, an override matches no layer, or a layer cannot be
+            converted (NaN in its weight): the message names it.
+    """
+    plan = make_plan(model, scheme, overrides, filter_fn)
+    # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
+    memo: dict[int, Any] = {}
+    done: dict[int, nn.Module] = {}
+    for job in _progress(plan.jobs):
+        layer = _convert(job, done)
+        if layer is job.module:
+            plan.keep(job)
+        else:
+            memo[id(job.module)] = layer
+            plan.entries.append((job.module, job.entry()))
+    result: nn.Module = copy.deepcopy(model, memo)
+    for job in plan.jobs:
+        # After the model: a hook may be a method of a module, which then has its copy already.
+        carried = carried_state(job.module, rules.is_builtin(job.converter))
+        carry_over(copy.deepcopy(carried, memo), memo[id(job.module)])
+    for module, entry in plan.entries:
+        set_entry(memo[id(module)], entry)
+    run_converted_encoder_layers(result)
+    _warn_if_nothing_converted(result)
+    return result
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: SchemeLike | None,
+    *,
+    overrides: Overrides | None = None,
+    filter_fn: Filter | None = None,
+) -> Report:
+    """Quantize the layers of a model in place, one after the other, and return the account.
+
+    Each float weight is released as soon as its layer is replaced. An error in the middle leaves
+    the layers before it converted; what can be checked is checked before the first.
+
+    Args:
+        model: any module with `nn.Linear` or `nn.Conv2d` layers; changed.
+        scheme, overrides, filter_fn: as for `quantize`.
+
+    Returns:
+        The report: print it for a table. `lowbit.summary(model)` gives it again.
+
+    Raises:
+        ValueError: as `quantize`; and if `model` is itself a layer, which cannot be replaced in
+            place.
+    """
+    plan = make_plan(model, scheme, overrides, filter_fn)
+    if any(job.module is model for job in plan.jobs):
+        raise ValueError(
+            f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
+            "use model = lowbit.quantize(model, scheme)"
+        )
+    done: dict[int, nn.Module] = {}
+    slots = child_slots(model)
+    for job in _progress(plan.jobs):
+        layer = _convert(job, done)
+        if layer is job.module:
+            plan.keep(job)
+            continue
+        carry_over(carried_state(job.module, rules.is_builtin(job.converter)), layer)
+        for parent, key in slots[id(job.module)]:
+            parent._modules[key] = layer
+        set_entry(layer, job.entry())
+        job.module = layer  # drops the last reference to the float layer
+    for module, entry in plan.entries:
+        set_entry(module, entry)
+    run_converted_encoder_layers(model)
+    _warn_if_nothing_converted(model)
+    return summary(model)
+
+
+def child_slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (parent, key) of every child module, by the module's id."""
+    slots: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                slots.setdefault(id(child), []).append((parent, key))
+    return slots
+
+
+def run_converted_encoder_layers(model: nn.Module) -> None:
+    """Make transformer encoders call their converted layers.
+
+    In eval mode `nn.TransformerEncoderLayer` hands the raw weights of linear1 and linear2 to one
+    fused function, and `nn.TransformerEncoder` looks at them before it nests its input. The
+    attributes that they consult for layers which the fused function does not know turn both off.
+    """
+    changed = set()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            is_converted(child) for child in (module.linear1, module.linear2)
+        ):
+            module.activation_relu_or_gelu = 0
+            changed.add(id(module))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            id(layer) in changed for layer in module.layers
+        ):
+            module.use_nested_tensor = False
+
+
+def name_layer(layer: nn.Module, name: str) -> None:
+    """Tell lowbit layers their name in the model, for error messages."""
+    for module in [layer, *lowbit_layers(layer)]:
+        object.__setattr__(module, "_fqn", name)
+
+
+def _progress(jobs: list[Job]) -> Iterator[Job]:
+    """The jobs, with a progress bar on stderr if that is a terminal."""
+    yield from tqdm(jobs, desc="quantize", unit="layer", disable=None, leave=False)
+
+
+def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
+    """The lowbit layer of a job, or the float layer itself where a converter returned that."""
+    try:
+        with torch.no_grad():
+            layer = job.converter(job.module, job.scheme)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"layer '{job.name}' ({job.scheme.name}): {error}") from error
+    if not isinstance(layer, nn.Module):
+        raise TypeError(
+            f"layer '{job.name}': the converter of {job.kind} returned a {type(layer).__name__}, "
+            "not a torch.nn.Module"
+        )
+    if layer is not job.module:
+        layer.train(job.module.training)
+        name_layer(layer, job.name)
+        if job.tied_weight is not None:
+            _share_equal_buffers(layer, done.setdefault(job.tied_weight, layer))
+    return layer
+
+
+def _share_equal_buffers(layer: nn.Module, first: nn.Module) -> None:
+    """Let two layers that were converted from one weight hold one packed weight."""
+    others = dict(first.named_buffers())
+    for module_name, module in layer.named_modules():
+        for key, buffer in module._buffers.items():
+            other = others.get(f"{module_name}.{key}" if module_name else key)
+            if buffer is None or other is None or other.dtype != buffer.dtype:
+                continue
+            if torch.equal(buffer, other):
+                module._buffers[key] = other
+
+
+def carried_state(module: nn.Module, builtin: bool) -> dict[str, Any]:
+    """What a float layer's `__dict__` hands to its lowbit layer: hooks, attributes of its user.
+
+    Args:
+        module: the float layer.
+        builtin: whether one of lowbit's own converters made the lowbit layer. Others carry over
+            attributes as they see fit.
+    """
+    own = vars(module)
+    carried = {name: own[name] for name in (*HOOKS, *_HOOK_FLAGS) if own[name]}
+    if "_backward_hooks" in carried:
+        carried["_is_full_backward_hook"] = own["_is_full_backward_hook"]
+    if builtin:
+        carried |= {name: own[name] for name in own if name not in _FLOAT_ATTRIBUTES}
+    return carried
+
+
+def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
+    """Give a lowbit layer what `carried_state` found."""
+    for name, value in carried.items():
+        if name in HOOKS or name in _HOOK_FLAGS:
+            # The same dict: the handles that its hooks were registered with can still remove them.
+            value.update(vars(layer)[name] or {})
+            vars(layer)[name] = value
+        elif name == "_is_full_backward_hook" or not hasattr(layer, name):
+            vars(layer)[name] = value
+
+
+def _warn_if_nothing_converted(model: nn.Module) -> None:
+    if not any(is_converted(module) for module in model.modules()):
+        warnings.warn(
+            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=3
+        )

@@ -1,0 +1,239 @@
+"""What a conversion will do: which layers get which scheme, and why the others stay float.
+
+A plan is made before the first layer changes, so that whatever can be known by then is an error
+by then: schemes, overrides that match nothing, weights with NaN.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import rules
+from lowbit.report import (
+    Entry,
+    count_bytes,
+    holds_weights,
+    is_converted,
+    is_unit,
+    own_tensors,
+    walk,
+    weight_shape,
+)
+from lowbit.schemes import Scheme
+
+SchemeLike = str | Scheme | Mapping[str, Any]
+Overrides = Mapping[str, SchemeLike | None]
+Filter = Callable[[nn.Module, str], bool]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ENCODER_NOTE = "the fused path of nn.TransformerEncoderLayer is off: it would bypass this layer"
+
+
+@dataclass
+class Job:
+    """One layer to convert."""
+
+    module: nn.Module
+    name: str
+    scheme: Scheme
+    converter: rules.Converter
+    bytes_before: int
+    kind: str
+    shape: tuple[int, ...]
+    tied_weight: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def entry(self) -> Entry:
+        return Entry(self.kind, self.shape, self.bytes_before, "; ".join(self.notes), self.scheme)
+
+
+@dataclass
+class Plan:
+    """Layers to convert, and the entries to leave on modules."""
+
+    jobs: list[Job] = field(default_factory=list)
+    entries: list[tuple[nn.Module, Entry]] = field(default_factory=list)
+
+    def keep(self, job: Job) -> None:
+        """Account for a layer that its converter left as it is."""
+        note = f"the converter of {job.kind} returned it unchanged"
+        self.entries.append((job.module, Entry(job.kind, job.shape, job.bytes_before, note)))
+        self.jobs = [other for other in self.jobs if other is not job]
+
+
+def make_plan(
+    model: nn.Module,
+    scheme: SchemeLike | None,
+    overrides: Overrides | None,
+    filter_fn: Filter | None,
+) -> Plan:
+    """Decide about every module of a float model; arguments and errors as for `quantize`."""
+    chooser = _Chooser(scheme, overrides or {}, filter_fn)
+    plan = Plan()
+    converted: set[int] = set()
+    chosen: dict[int, tuple[str, Scheme | None]] = {}
+    counted: set[tuple[int, ...]] = set()
+    owners = _parameter_owners(model)
+
+    for name, module, parent in walk(model, lambda m: id(m) in converted or is_unit(m)):
+        if is_converted(module):
+            chooser.lowbit_names.append(name)
+            continue
+        candidate = rules.is_candidate(module)
+        if not (candidate or holds_weights(module)):
+            continue
+        layer_scheme, note = chooser.choose(name, module) if candidate else (None, "")
+        first, first_scheme = chosen.setdefault(id(module), (name, layer_scheme))
+        if first_scheme != layer_scheme:
+            raise ValueError(
+                f"'{first}' and '{name}' are the same module, but they are given two schemes: "
+                f"{_scheme_name(first_scheme)} and {_scheme_name(layer_scheme)}"
+            )
+        if first != name:
+            continue
+        converter = None
+        if layer_scheme is not None:
+            converter, note = rules.find_converter(module, parent)
+        kind, shape = type(module).__name__, weight_shape(module)
+        if converter is None or layer_scheme is None:
+            size = count_bytes(own_tensors(module), counted)
+            plan.entries.append((module, Entry(kind, shape, size, note or _kept_note(module))))
+            continue
+        size = count_bytes([*module.parameters(), *module.buffers()], counted)
+        job = Job(module, name, layer_scheme, converter, size, kind, shape)
+        if isinstance(parent, nn.TransformerEncoderLayer) and (
+            module is parent.linear1 or module is parent.linear2
+        ):
+            job.notes.append(_ENCODER_NOTE)
+        hooks = sum(len(vars(module)[hooks] or ()) for hooks in HOOKS)
+        if hooks:
+            job.notes.append(f"hooks carried over: {hooks}")
+        converted.add(id(module))
+        plan.jobs.append(job)
+    chooser.check_all_matched()
+    for job in plan.jobs:
+        _check_finite(job)
+        _note_ties(job, owners, converted)
+    return plan
+
+
+class _Chooser:
+    """Decides the scheme of a layer from the overrides, the filter and the scheme of the model."""
+
+    def __init__(
+        self, scheme: SchemeLike | None, overrides: Overrides, filter_fn: Filter | None
+    ) -> None:
+        self.scheme = _parse(scheme, "scheme")
+        self.filter_fn = filter_fn
+        self.names: list[str] = []
+        self.lowbit_names: list[str] = []
+        self.matched: set[str] = set()
+        self.overrides: list[tuple[str, re.Pattern[str] | None, Scheme | None]] = []
+        for key, value in overrides.items():
+            pattern = None
+            if key.startswith("re:"):
+                try:
+                    pattern = re.compile(key[3:])
+                except re.error as error:
+                    raise ValueError(
+                        f"override '{key}' is no regular expression: {error}"
+                    ) from None
+            self.overrides.append((key, pattern, _parse(value, f"override '{key}'")))
+
+    def choose(self, name: str, module: nn.Module) -> tuple[Scheme | None, str]:
+        """The scheme, or None and why the layer stays float."""
+        self.names.append(name)
+        hits = [
+            (key, scheme)
+            for key, pattern, scheme in self.overrides
+            if (pattern.fullmatch(name) if pattern else key == name)
+        ]
+        self.matched.update(key for key, _ in hits)
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            return None, "filter_fn returned False"
+        if hits:
+            key, scheme = hits[0]
+            return scheme, "" if scheme else f"override '{key}' is None"
+        return self.scheme, "" if self.scheme else "the scheme is None"
+
+    def check_all_matched(self) -> None:
+        for key, _, _ in self.overrides:
+            if key in self.matched:
+                continue
+            wanted = key.removeprefix("re:").replace("\\", "")
+            close = difflib.get_close_matches(wanted, self.names, n=5, cutoff=0.4)
+            message = f"override '{key}' matches no Linear or Conv2d layer"
+            if key in self.lowbit_names:
+                message += ": this layer is a lowbit layer already"
+            elif close:
+                message += "; close names: " + ", ".join(f"'{name}'" for name in close)
+            elif self.names:
+                message += f"; the {len(self.names)} layers begin with '{self.names[0]}'"
+            else:
+                message += ": the model has none"
+            raise ValueError(message)
+
+
+def _parse(scheme: SchemeLike | None, what: str) -> Scheme | None:
+    if scheme is None:
+        return None
+    try:
+        return Scheme.parse(scheme)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _scheme_name(scheme: Scheme | None) -> str:
+    return scheme.name if scheme else "None"
+
+
+def _kept_note(module: nn.Module) -> str:
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention passes its in_proj weight to functional code"
+    if type(module).__module__.startswith("torch.nn."):
+        return f"nn.{type(module).__name__} is not supported yet"
+    return "not a Linear or Conv2d: parameters of its own stay float"
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, dict[str, int]]:
+    """For each parameter by its id: its names, and the id of the module that owns it there."""
+    owners: dict[int, dict[str, int]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                owners.setdefault(id(parameter), {})[name] = id(module)
+    return owners
+
+
+def _note_ties(job: Job, owners: dict[int, dict[str, int]], converted: set[int]) -> None:
+    weight = job.module._parameters.get("weight")
+    names = owners.get(id(weight), {})
+    others = {name: owner for name, owner in names.items() if owner != id(job.module)}
+    if others:
+        job.tied_weight = id(weight)
+        kept = [f"'{name}'" for name, owner in others.items() if owner not in converted]
+        if kept:
+            job.notes.append(f"the tie of its weight to {', '.join(kept)}, kept float, is broken")
+        else:
+            job.notes.append(f"its weight was tied to {', '.join(map(repr, others))}")
+
+
+def _check_finite(job: Job) -> None:
+    weight = job.module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.numel() == 0:
+        return
+    low, high = torch.aminmax(weight.detach())  # passes NaN on, and makes no temporary
+    if not (low.isfinite() and high.isfinite()):
+        count = int((~torch.isfinite(weight.detach())).sum())
+        raise ValueError(
+            f"layer '{job.name}': {count} of the {weight.numel()} weights are NaN or Inf; repair "
+            f"the checkpoint, or keep the layer float with overrides={{'{job.name}': None}}"
+        )

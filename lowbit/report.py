@@ -1,0 +1,342 @@
+"""The account of a conversion: every layer, its scheme, kernel and bytes, or why it stayed float.
+
+`summary` computes it from the model alone. What the model cannot tell any more (the class and the
+bytes of the float layer, the reason why a layer was kept) lies in a plain attribute that the
+conversion leaves on each module, so the account survives `deepcopy` and `pickle`, and a part of a
+model has one too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lowbit import _core
+from lowbit.nn import Conv2d, Linear
+from lowbit.schemes import Scheme
+
+ROOT = "(root)"
+_ENTRY = "_lowbit_entry"
+_WIDTH = 116
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the conversion knew of a module: kept in the module's attribute, read by `summary`.
+
+    `scheme` is None for a module that stayed float. `bytes_before` counts a tensor that several
+    modules share once, at the first of them.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    note: str = ""
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module that holds weights, under one of its names.
+
+    Attributes:
+        name: fully qualified name; "(root)" for the model itself.
+        kind: class of the float module ("Linear").
+        scheme: name of the scheme ("w4a8"), or the dtype of the weights of a float module.
+        kernel: name of the kernel that runs it, "" for a float module.
+        shape: of the float weight.
+        bytes_before: bytes of the float parameters and buffers, shared ones counted once.
+        bytes_after: bytes of what the module holds now, shared tensors counted once.
+        converted: whether lowbit runs it.
+        note: why it stayed float, or what to know about the conversion.
+    """
+
+    name: str
+    kind: str
+    scheme: str
+    kernel: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    converted: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows in the order of the model, and the bytes of what has no row (norms, buffers)."""
+
+    rows: tuple[Row, ...]
+    other_bytes: int = 0
+
+    @property
+    def converted(self) -> tuple[Row, ...]:
+        """Rows of the layers that lowbit runs."""
+        return tuple(row for row in self.rows if row.converted)
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """Rows of the modules that stayed float."""
+        return tuple(row for row in self.rows if not row.converted)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters and buffers of the float model."""
+        return sum(row.bytes_before for row in self.rows) + self.other_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters and buffers now."""
+        return sum(row.bytes_after for row in self.rows) + self.other_bytes
+
+    @property
+    def ratio(self) -> float:
+        """`bytes_before / bytes_after`; 1.0 for a model without tensors."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows and totals as plain JSON types."""
+        return {
+            "layers": [asdict(row) | {"shape": list(row.shape)} for row in self.rows],
+            "converted": len(self.converted),
+            "kept": len(self.kept),
+            "other_bytes": self.other_bytes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "ratio": self.ratio,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """A table with totals; notes are numbered below it, so that it fits a terminal."""
+        notes: dict[str, int] = {}
+        cells = [
+            [
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                row.scheme,
+                row.kernel or "-",
+                _bytes(row.bytes_before),
+                _bytes(row.bytes_after),
+                notes.setdefault(row.note, len(notes) + 1) if row.note else "",
+            ]
+            for row in self.rows
+        ]
+        headers = ["layer", "class", "weight", "scheme", "kernel", "before", "after", "note"]
+        table = tabulate(
+            cells,
+            headers=headers,
+            maxcolwidths=_column_widths([headers, *cells]),
+            colalign=("left",) * 5 + ("right",) * 3 if cells else None,
+            disable_numparse=True,
+        )
+        lines = [table, ""]
+        lines += [f"[{number}] {note}" for note, number in notes.items()]
+        lines += [
+            f"{len(self.converted)} converted, {len(self.kept)} kept float; "
+            f"other parameters and buffers: {_bytes(self.other_bytes)}",
+            f"total: {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)} "
+            f"({self.ratio:.2f}x smaller)",
+        ]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Report:
+    """The account of a model as it is now, converted or not.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A row for every name of a module that lowbit runs and of every other module that holds a
+        parameter of two or more dimensions. A module with several names has its bytes in the row
+        of the first; the rows of the others say so.
+    """
+    counted: set[tuple[int, ...]] = set()
+    first_name: dict[int, str] = {}
+    rows = []
+    for name, module, _ in walk(model, stop=is_unit):
+        if not (is_converted(module) or holds_weights(module)):
+            continue
+        name = name or ROOT
+        if id(module) in first_name:
+            note = f"the same module as '{first_name[id(module)]}'"
+            rows.append(_row(name, module, 0, 0, note))
+            continue
+        first_name[id(module)] = name
+        after = count_bytes(own_tensors(module), counted)
+        entry = entry_of(module)
+        if entry is not None:
+            before = entry.bytes_before
+        elif is_converted(module):
+            before = _float_bytes(module)
+        else:
+            before = after
+        rows.append(_row(name, module, before, after, entry.note if entry else ""))
+    other = count_bytes([*model.parameters(), *model.buffers()], counted)
+    return Report(tuple(rows), other)
+
+
+def walk(
+    model: nn.Module, stop: Callable[[nn.Module], bool]
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Yield (name, module, parent) in order, once for every name of a module.
+
+    Args:
+        model: the root, whose name is "".
+        stop: asked after a module was yielded; True leaves its children out.
+    """
+
+    def visit(
+        name: str, module: nn.Module, parent: nn.Module | None
+    ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+        yield name, module, parent
+        if stop(module):
+            return
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from visit(f"{name}.{key}" if name else key, child, module)
+
+    return visit("", model, None)
+
+
+def entry_of(module: nn.Module) -> Entry | None:
+    """What the conversion left on this module, if anything."""
+    entry = getattr(module, _ENTRY, None)
+    return entry if isinstance(entry, Entry) else None
+
+
+def set_entry(module: nn.Module, entry: Entry) -> None:
+    """Leave the account of this module on it."""
+    # Not nn.Module.__setattr__: ScriptModules and modules with their own refuse unknown names.
+    object.__setattr__(module, _ENTRY, entry)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether lowbit runs this module: a lowbit layer, or what a converter returned."""
+    entry = entry_of(module)
+    return isinstance(module, (Linear, Conv2d)) or (entry is not None and entry.scheme is not None)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is accounted for as a whole, its children included."""
+    return is_converted(module) or (
+        isinstance(module, (nn.Linear, nn.Conv2d)) and is_parametrized(module)
+    )
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Whether a float module has weights of its own: a parameter of two or more dimensions."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return True
+    return any(is_lazy(p) or p.dim() >= 2 for p in module._parameters.values() if p is not None)
+
+
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module; those of its children only where it is a unit."""
+    recurse = is_unit(module)
+    return [*module.parameters(recurse=recurse), *module.buffers(recurse=recurse)]
+
+
+def count_bytes(tensors: list[torch.Tensor], counted: set[tuple[int, ...]]) -> int:
+    """Bytes of the tensors that are not in `counted` yet; adds them to it."""
+    total = 0
+    for tensor in tensors:
+        if is_lazy(tensor):
+            continue
+        # Memory, not the object: buffers that were loaded as one tensor are one.
+        key: tuple[int, ...] = (id(tensor),)
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
+            key = (tensor.data_ptr(), tensor.nbytes)
+        if key not in counted:
+            counted.add(key)
+            total += tensor.nbytes
+    return total
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of the float weight: of the largest parameter where there are several."""
+    entry = entry_of(module)
+    if entry is not None:
+        return entry.shape
+    if isinstance(module, Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv2d):
+        inner = module.in_channels // module.groups
+        return module.out_channels, inner, *module.kernel_size
+    weights = [p for p in module.parameters(recurse=is_unit(module)) if not is_lazy(p)]
+    return tuple(max(weights, key=torch.numel).shape) if weights else ()
+
+
+def lowbit_layers(module: nn.Module) -> list[Linear | Conv2d]:
+    """The lowbit layers of a converted module: itself, or those in what a converter returned."""
+    return [m for m in module.modules() if isinstance(m, (Linear, Conv2d))]
+
+
+def _row(name: str, module: nn.Module, before: int, after: int, note: str) -> Row:
+    entry = entry_of(module)
+    converted = is_converted(module)
+    kernel = ""
+    if converted:
+        schemes = [layer.scheme for layer in lowbit_layers(module)]
+        if not schemes and entry is not None and entry.scheme is not None:
+            schemes = [entry.scheme]
+        scheme = ", ".join(dict.fromkeys(s.name for s in schemes))
+        kernel = ", ".join(
+            dict.fromkeys(
+                _core.kernel_name(layer.scheme.weight, layer.scheme.activation)
+                for layer in lowbit_layers(module)
+            )
+        )
+    else:
+        dtypes = [p.dtype for p in own_tensors(module) if is_lazy(p) or p.dim() >= 2]
+        scheme = ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes)) or "float"
+    return Row(
+        name=name,
+        kind=entry.kind if entry else type(module).__name__,
+        scheme=scheme,
+        kernel=kernel,
+        shape=weight_shape(module),
+        bytes_before=before,
+        bytes_after=after,
+        converted=converted,
+        note=note,
+    )
+
+
+def _float_bytes(module: nn.Module) -> int:
+    """Bytes of the float32 layer, for a lowbit layer that was not converted from one."""
+    shape = weight_shape(module)
+    bias = shape[0] if getattr(module, "bias", None) is not None else 0
+    return 4 * (torch.Size(shape).numel() + bias)
+
+
+def _bytes(count: int) -> str:
+    """A size with its binary unit: "12.3 MiB"."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _column_widths(cells: list[list[Any]]) -> list[int]:
+    """Widths that fit the table into a terminal: the names give way first, then the kernels."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells, strict=True)]
+    for column, smallest in ((0, 22), (4, 16), (1, 12), (2, 12)):
+        excess = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
+        if excess > 0:
+            widths[column] = min(widths[column], max(smallest, widths[column] - excess))
+    return widths

@@ -1,0 +1,314 @@
+"""Which modules convert, by which function, and the reason why any other stays float."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lowbit.nn import Conv2d, Linear
+from lowbit.schemes import Scheme
+
+Converter = Callable[[nn.Module, Scheme], nn.Module]
+
+# A subclass that replaces one of these does not compute what its parent computes.
+_COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "weight", "bias")
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_registered: dict[type[nn.Module], Converter] = {}
+
+
+def register_converter(cls: type[nn.Module], fn: Converter) -> None:
+    """Convert modules of class `cls` by `fn(module, scheme)`.
+
+    Its subclasses too, unless they override `forward` again. For subclasses of `nn.Linear` and
+    `nn.Conv2d` with their own `forward`, and for other layers that can be expressed by lowbit's.
+    The returned module takes the place of the float one; `fn` must not keep or change the float
+    module. A converter that cannot convert a certain module returns it unchanged: it is then
+    reported as kept. When `load_file` rebuilds a model, `fn` is called on a copy of the module
+    whose parameters are zeros.
+
+    Args:
+        cls: the module class. A later registration of the same class replaces the earlier one.
+        fn: the converter.
+
+    Raises:
+        TypeError: `cls` is no module class, or `fn` cannot be called.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_converter needs a subclass of torch.nn.Module, got {cls!r}")
+    if not callable(fn):
+        raise TypeError(f"register_converter needs a function (module, scheme), got {fn!r}")
+    _registered[cls] = fn
+
+
+class PaddedConv2d(Conv2d):
+    """A convolution whose four sides are padded by zeros of their own number.
+
+    `nn.Conv2d` pads both sides of a dimension alike; TensorFlow's SAME padding of strided layers
+    does not. Like all padding of a convolution, these zeros cost no memory and no time.
+
+    Attributes:
+        static_padding: (left, right, top, bottom) in pixels, in the order of `F.pad`; beside the
+            usual `padding`.
+    """
+
+    static_padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def _pads(self) -> tuple[int, int, int, int]:
+        left, right, top, bottom = self.static_padding
+        pads = super()._pads()
+        return pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right
+
+    def dequantize(self) -> nn.Sequential:  # type: ignore[override]
+        """The float layers with the weights that the codes mean: padding, then convolution."""
+        return nn.Sequential(nn.ZeroPad2d(self.static_padding), super().dequantize())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, static_padding={self.static_padding}"
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether schemes and overrides address this module: a Linear, a Conv2d, or registered."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or _registered_for(module) is not None
+
+
+def find_converter(module: nn.Module, parent: nn.Module | None) -> tuple[Converter | None, str]:
+    """The function that converts this module, or None and the reason why there is none."""
+    reason = _blocked(module, parent)
+    if reason:
+        return None, reason
+    registered = _registered_for(module)
+    if registered is not None:
+        return registered, ""
+    builtin = _builtin_for(module)
+    if builtin is None:
+        name = type(module).__name__
+        return None, (
+            f"{name} overrides the forward of its base class: "
+            f"lowbit.register_converter({name}, fn) tells how to convert it"
+        )
+    reason = _unfit(module)
+    return (None, reason) if reason else (builtin, "")
+
+
+def find_empty_converter(
+    module: nn.Module, parent: nn.Module | None
+) -> tuple[Converter | None, str]:
+    """Like `find_converter`, for layers whose tensors come from a file.
+
+    The function reads only the sizes of the float module, not its weights, which may be on the
+    meta device, and the layers that it makes hold no codes yet.
+    """
+    reason = _blocked(module, parent)
+    if reason:
+        return None, reason
+    registered = _registered_for(module)
+    if registered is not None:
+        convert = registered
+        return lambda m, scheme: convert(_zeros_like(m), scheme), ""
+    builtin = _builtin_for(module)
+    if builtin is None:
+        return None, f"{type(module).__name__} has no converter: lowbit.register_converter first"
+    return _EMPTY[builtin], ""
+
+
+def is_builtin(converter: Converter) -> bool:
+    """Whether this converter is one of lowbit's own."""
+    return converter in _EMPTY
+
+
+def _same_forward(cls: type, base: type) -> bool:
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in _COMPUTES)
+
+
+def _registered_for(module: nn.Module) -> Converter | None:
+    cls = type(module)
+    for base in cls.__mro__:
+        if base in _registered and _same_forward(cls, base):
+            return _registered[base]
+    return None
+
+
+def _builtin_for(module: nn.Module) -> Any:
+    cls = type(module)
+    if isinstance(module, nn.Linear) and _same_forward(cls, nn.Linear):
+        return _convert_linear
+    if isinstance(module, nn.Conv2d):
+        if _same_forward(cls, nn.Conv2d):
+            return _convert_conv
+        if _static_padding(module) is not None:
+            return _convert_padded_conv
+    return None
+
+
+def _blocked(module: nn.Module, parent: nn.Module | None) -> str:
+    """Why no converter may replace this module, however it was found."""
+    if isinstance(parent, nn.MultiheadAttention) or (
+        type(module) is NonDynamicallyQuantizableLinear
+    ):
+        return "nn.MultiheadAttention passes this layer's raw weight to functional code"
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and is_parametrized(module):
+        return (
+            "parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first, "
+            "then convert"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        return "lazy layer that is not initialized: run the float model once, then convert"
+    return ""
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why the built-in converters cannot take this module."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return (
+            "its weight is computed by a hook (weight_norm, spectral_norm, pruning): make it "
+            "permanent first, then convert"
+        )
+    if type(weight.data) is not Tensor or weight.layout != torch.strided:
+        return f"its weight is a {type(weight.data).__name__} ({weight.layout}), not a plain tensor"
+    if weight.device.type != "cpu":
+        return f"its weight is on device '{weight.device}': move it to the CPU first"
+    if weight.dtype not in _FLOAT_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOAT_DTYPES)
+        return f"its weight is {weight.dtype}; convertible are {names}"
+    if weight.numel() == 0:
+        return "its weight has no elements"
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return "it has state_dict hooks, which expect its float weight"
+    extra = sorted(
+        name
+        for names in (module._modules, module._parameters, module._buffers)
+        for name in names
+        if name not in ("weight", "bias", "static_padding")
+    )
+    if extra:
+        return "it has tensors or submodules of its own beside weight and bias: " + ", ".join(extra)
+    return ""
+
+
+def _static_padding(module: nn.Conv2d) -> tuple[int, int, int, int] | None:
+    """(left, right, top, bottom) of a convolution that pads in its own forward; None for any other.
+
+    Known by its shape, without an import: EfficientNet ports carry a `Conv2dStaticSamePadding`
+    with a `static_padding` module, either an `nn.ZeroPad2d` or an identity.
+    """
+    if "Conv2dStaticSamePadding" not in [cls.__name__ for cls in type(module).__mro__]:
+        return None
+    pad = module._modules.get("static_padding")
+    if isinstance(pad, nn.ZeroPad2d):
+        left, right, top, bottom = pad.padding
+        return left, right, top, bottom
+    return (0, 0, 0, 0) if type(pad).__name__ == "Identity" else None
+
+
+def _conv_with_static_padding(module: nn.Conv2d) -> tuple[nn.Conv2d, tuple[int, int, int, int]]:
+    """The plain float convolution (its weight not copied), and the padding left to do before it."""
+    padding = _static_padding(module)
+    if padding is None or isinstance(module.padding, str):
+        raise ValueError(f"unexpected padding {module.padding!r} of {type(module).__name__}")
+    left, right, top, bottom = padding
+    height, width = module.padding[0], module.padding[1]
+    if left == right and top == bottom:
+        height, width = height + top, width + left
+        padding = (0, 0, 0, 0)
+    # The port calls F.conv2d itself: padding_mode has no effect there, the padding is zeros.
+    plain = nn.Conv2d(
+        module.in_channels,
+        module.out_channels,
+        _pair(module.kernel_size),
+        stride=_pair(module.stride),
+        padding=(height, width),
+        dilation=_pair(module.dilation),
+        groups=module.groups,
+        bias=module.bias is not None,
+        device="meta",
+    )
+    plain.weight, plain.bias = module.weight, module.bias
+    return plain, padding
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
+
+
+def _convert_linear(module: nn.Linear, scheme: Scheme) -> Linear:
+    return Linear.from_float(module, scheme)
+
+
+def _convert_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
+    return Conv2d.from_float(module, scheme)
+
+
+def _convert_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
+    plain, padding = _conv_with_static_padding(module)
+    if not any(padding):
+        return Conv2d.from_float(plain, scheme)
+    return _padded(PaddedConv2d.from_float(plain, scheme), padding)
+
+
+def _padded(conv: Conv2d, padding: tuple[int, int, int, int]) -> Conv2d:
+    vars(conv)["static_padding"] = padding
+    return conv
+
+
+def _empty_linear(module: nn.Linear, scheme: Scheme) -> Linear:
+    return Linear(
+        module.in_features,
+        module.out_features,
+        bias=module.bias is not None,
+        scheme=scheme,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+
+
+def _empty_conv(module: nn.Conv2d, scheme: Scheme, cls: type[Conv2d] = Conv2d) -> Conv2d:
+    return cls(
+        module.in_channels,
+        module.out_channels,
+        _pair(module.kernel_size),
+        stride=_pair(module.stride),
+        padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+        dilation=_pair(module.dilation),
+        groups=module.groups,
+        bias=module.bias is not None,
+        padding_mode=module.padding_mode,
+        scheme=scheme,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+
+
+def _empty_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
+    plain, padding = _conv_with_static_padding(module)
+    if not any(padding):
+        return _empty_conv(plain, scheme)
+    return _padded(_empty_conv(plain, scheme, PaddedConv2d), padding)
+
+
+# The built-in converters, and what makes the same layer from its sizes alone.
+_EMPTY: dict[Any, Any] = {
+    _convert_linear: _empty_linear,
+    _convert_conv: _empty_conv,
+    _convert_padded_conv: _empty_padded_conv,
+}
+
+
+def _zeros_like(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are zeros on the CPU; the original is not read."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,148 @@
+"""The account: its rows, its totals, its table, and where it survives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import _core
+from lowbit.report import Report, Row
+
+
+def model_bytes(model):
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.Flatten(),
+        nn.Linear(16 * 7 * 7, 32),
+        nn.Linear(32, 10),
+    )
+
+
+def test_rows_of_a_converted_model(model):
+    report = lowbit.quantize_(model, "w4a8", overrides={"4": None})
+    conv, first, last = report.rows
+    assert conv == Row(
+        name="0",
+        kind="Conv2d",
+        scheme="w4a8",
+        kernel=_core.kernel_name("int4", "int8"),
+        shape=(16, 3, 3, 3),
+        bytes_before=4 * (16 * 27 + 16),
+        bytes_after=model_bytes(model[0]),
+        converted=True,
+        note="",
+    )
+    assert (first.shape, first.bytes_after) == ((32, 784), model_bytes(model[3]))
+    assert last.note == "override '4' is None"
+    assert (last.kernel, last.converted, last.scheme) == ("", False, "float32")
+    assert last.bytes_before == last.bytes_after == 4 * 330
+    assert report.converted == (conv, first)
+    assert report.kept == (last,)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32", "w2a8", "w1a1"])
+def test_totals_are_those_of_the_state_dicts(model, scheme):
+    before = model_bytes(model)
+    report = lowbit.quantize_(model, scheme)
+    assert report.bytes_before == before
+    assert report.bytes_after == model_bytes(model)
+    assert report.other_bytes == model_bytes(model[1])
+    assert report.ratio == before / model_bytes(model)
+
+
+def test_a_float_model_has_an_account_too(model):
+    report = lowbit.summary(model)
+    assert [row.name for row in report.rows] == ["0", "3", "4"]
+    assert not report.converted
+    assert report.bytes_before == report.bytes_after == model_bytes(model)
+    assert report.ratio == 1.0
+    assert all(row.note == "" for row in report.rows)
+
+
+def test_a_model_without_tensors():
+    report = lowbit.summary(nn.ReLU())
+    assert report == Report(())
+    assert report.ratio == 1.0
+    assert "0 converted, 0 kept float" in str(report)
+
+
+def test_layers_that_were_built_as_lowbit_layers():
+    report = lowbit.summary(nn.Sequential(lowbit.nn.Linear(64, 32, scheme="w2a8")))
+    (row,) = report.rows
+    assert (row.scheme, row.shape, row.converted) == ("w2a8", (32, 64), True)
+    assert row.bytes_before == 4 * (32 * 64 + 32)
+
+
+def test_half_precision_is_counted_as_such():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32)).to(torch.bfloat16)
+    report = lowbit.quantize_(model, "w8a8", overrides={"1": None})
+    assert [row.bytes_before for row in report.rows] == [2 * (64 * 32 + 32), 2 * (32 * 32 + 32)]
+    assert [row.scheme for row in report.rows] == ["w8a8", "bfloat16"]
+
+
+def test_the_account_survives_copies_and_serves_parts(model):
+    report = lowbit.quantize_(model, "w4a8", overrides={"4": None})
+    assert lowbit.summary(copy.deepcopy(model)) == report
+    assert lowbit.summary(pickle.loads(pickle.dumps(model))) == report
+    (part,) = lowbit.summary(model[4]).rows
+    assert (part.name, part.note) == ("(root)", "override '4' is None")
+
+
+def test_json(model):
+    report = lowbit.quantize_(model, "w4a8")
+    data = json.loads(report.to_json())
+    assert data == report.to_dict()
+    assert data["converted"] == 3
+    assert data["layers"][0]["shape"] == [16, 3, 3, 3]
+    assert data["bytes_after"] == model_bytes(model)
+
+
+def test_table_shows_every_row_note_and_total(model):
+    report = lowbit.quantize_(model, "w4a8", overrides={"4": None})
+    text = str(report)
+    lines = text.splitlines()
+    assert lines[0].split()[:4] == ["layer", "class", "weight", "scheme"]
+    kernel = _core.kernel_name("int4", "int8")
+    assert len([line for line in lines if kernel in line]) == 2
+    (kept,) = [line for line in lines if line.startswith("4 ")]
+    assert kept.split()[-1] == "1"
+    assert "[1] override '4' is None" in lines
+    assert "2 converted, 1 kept float" in text
+    assert f"{report.ratio:.2f}x smaller" in lines[-1]
+
+
+def test_table_of_deep_models_fits_a_terminal():
+    layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    model = nn.ModuleDict(
+        {
+            "some_wrapper_with_a_long_name": nn.ModuleDict(
+                {"text_encoder": nn.TransformerEncoder(layer, 2)}
+            )
+        }
+    )
+    report = lowbit.quantize_(model, "w4a8-g32")
+    table = str(report).split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 120
+    joined = "".join(line.split(" ")[0] for line in table.splitlines())
+    for row in report.rows:  # wrapped names lose nothing
+        assert row.name in joined
+    # One note for both layers of a kind, not one a row.
+    assert len([line for line in str(report).splitlines() if line.startswith("[")]) == 3
+
+
+def test_quantize_alone_leaves_the_account_on_the_copy(model):
+    quantized = lowbit.quantize(model, "w4a8", overrides={"4": None})
+    assert lowbit.summary(quantized).kept[0].note == "override '4' is None"
+    assert lowbit.summary(model).kept[2].note == ""
