@@ -32,19 +32,25 @@ _CONV2D = (
 )
 
 
+# Bound once: these are asked at every call of every layer.
+_float32, _strided, _get_num_threads = torch.float32, torch.strided, torch.get_num_threads
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_functorch = torch._C._are_functorch_transforms_active
+_autocast = torch._C._is_any_autocast_enabled
+_profiler = torch._C._autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
+
+
 def runs_directly(x: object) -> bool:
     """Whether x is an ordinary CPU tensor and nothing in this thread intercepts operators."""
     return (
         (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and x.is_cpu
-        and x.layout is torch.strided
+        and x.layout is _strided
         and not x.is_nested
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None
+        and not (_dispatch_modes() or _function_mode() or _functorch())
+        and not (_autocast() or _profiler() or _tracing_state())
     )
 
 
@@ -152,9 +158,9 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
     dtype, shape = x.dtype, x.shape
     if not shape or shape[-1] != w.channels:
         check_features(shape, w.channels, w.owner)
-    if dtype is not torch.float32:
+    if dtype is not _float32:
         check_tensor(x, w.owner)
-        x = x.to(torch.float32)
+        x = x.to(_float32)
     if not x.is_contiguous() or x.is_neg():
         x = x.resolve_neg().contiguous()
     y = x.new_empty((*shape[:-1], w.out_features))
@@ -162,12 +168,12 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
     if size:
         if w.depth:
             m = size // w.out_features
-            _core.linear(x.data_ptr(), m, y.data_ptr(), *w.operands, torch.get_num_threads())
+            _core.linear(x.data_ptr(), m, y.data_ptr(), *w.operands, _get_num_threads())
         elif w.bias is not None:
             y.copy_(w.bias)
         else:
             y.zero_()
-    return y if dtype is torch.float32 else y.to(dtype)
+    return y if dtype is _float32 else y.to(dtype)
 
 
 def conv2d_direct(
@@ -190,9 +196,9 @@ def conv2d_direct(
         check_channels(shape, w.channels, w.owner)
     height, width = output_size(shape, w.kernel_size, stride, padding, dilation, w.owner)
     channels_last = suggests_channels_last(x)
-    if dtype is not torch.float32:
+    if dtype is not _float32:
         check_tensor(x, w.owner)
-        x = x.to(torch.float32)
+        x = x.to(_float32)
     if not x.is_contiguous(memory_format=torch.channels_last) or x.is_neg():
         x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     n, c, h, wd = shape
@@ -201,11 +207,10 @@ def conv2d_direct(
     if y.numel():
         sizes = (n, h, wd, c, w.out_features, height, width)
         geometry = (*sizes, *w.kernel_size, *stride, *padding[:2], *dilation, w.groups)
-        threads = torch.get_num_threads()
-        _core.conv2d(x.data_ptr(), y.data_ptr(), geometry, *w.operands, threads)
+        _core.conv2d(x.data_ptr(), y.data_ptr(), geometry, *w.operands, _get_num_threads())
     if channels_last:
         y = y.permute(0, 3, 1, 2)
-    elif w.out_features == 1 or height * width == 1:
+    elif n == 0 or w.out_features == 1 or height * width == 1:
         # The same bytes; the strides of an ordinary contiguous tensor.
         y = y.view(n, w.out_features, height, width)
     else:

@@ -137,8 +137,6 @@ def split_scales(unit_scale: Tensor, group_size: int | None) -> tuple[Tensor, Te
     unit_scale = torch.where(unit_scale.abs() < _FLT_MIN, 0.0, unit_scale)
     if group_size is None:
         return unit_scale.flatten(), None
-    if unit_scale.shape[1] == 0:
-        return unit_scale.new_zeros(len(unit_scale)), unit_scale.half()
     scale = unit_scale.abs().amax(dim=1)
     return scale, (unit_scale / scale.clamp_min(_FLT_MIN)[:, None]).half()
 
@@ -160,14 +158,15 @@ def _round_with(rule: _ScaleRule) -> Quantizer:
         n, k = w.shape
         length = group_size or k
         groups = -(-k // group_size) if group_size else 1
-        mask = torch.zeros(groups * length)
+        codes = w.new_empty((n, k), dtype=torch.uint8)
+        scale = w.new_zeros(n)
+        group_scale = w.new_zeros((n, groups), dtype=torch.float16) if group_size else None
+        if k == 0:
+            return QuantizedWeight(codes, scale, group_scale, None, fmt, group_size)
+        mask = w.new_zeros(groups * length)
         mask[:k] = 1.0 if valid is None else valid.float()
         mask = mask.view(groups, length)
-
-        codes = torch.empty(n, k, dtype=torch.uint8)
-        scale = torch.empty(n)
-        group_scale = torch.empty(n, groups, dtype=torch.float16) if group_size else None
-        rows = max(1, _CHUNK // max(k, 1))
+        rows = max(1, _CHUNK // k)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             x = torch.nn.functional.pad(w[part], (0, groups * length - k))
@@ -189,8 +188,6 @@ def _round_with(rule: _ScaleRule) -> Quantizer:
 
 
 def _minmax_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
-    if x.shape[-1] == 0:
-        return x.new_zeros(x.shape[:-1])
     low, high = torch.aminmax(x, dim=-1)
     return torch.maximum(low.clamp_max(0) / fmt.min_value, high.clamp_min(0) / fmt.max_value)
 
@@ -210,8 +207,6 @@ def _mse_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
     which cannot raise the error. int4 has one level more below zero than above: there a negative
     scale is tried too, as in ggml's Q4_0, which gains 0.1 (channels) to 0.5 dB (groups of 32).
     """
-    if x.shape[-1] == 0:
-        return x.new_zeros(x.shape[:-1])
     amax = x.abs().amax(dim=-1)
     x = x / torch.where(amax < _FLT_MIN, 1.0, amax)[..., None]  # no square can overflow
     scale = _least_error_scale(x, mask, fmt)

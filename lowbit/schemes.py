@@ -19,7 +19,7 @@ VERSION = 1
 
 _WEIGHT_LETTER = {"int8": "8", "int4": "4", "int2": "2", "binary": "1", "ternary": "t"}
 _ACTIVATION_LETTER = {"int8": "8", "int16": "16", "binary": "1"}
-_RECIPE = re.compile(r"w(8|4|2|1|t)a(16|8|1)(?:-g(\d+))?(?:-([a-z]\w*))?")
+_RECIPE = re.compile(r"w(8|4|2|1|t)a(16|8|1)(?:-g(\d+))?(?:-(?!g\d*$)([a-z]\w*))?")
 
 RECIPES = (
     "w8a8",

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from lowbit import _core, ops
 from lowbit.formats import FORMATS
 from lowbit.nn.loading import format_version, state_problems
-from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
+from lowbit.packed import PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
+
+_BUFFERS = (
+    "weight_packed",
+    "weight_scale",
+    "format_version",
+    "bias",
+    "weight_group_scale",
+    "weight_group_zero",
+)
 
 
 class DequantizedWeight(Tensor):
@@ -69,14 +78,16 @@ class QuantizedLayer(nn.Module):
         if not self.weight_dtype.is_floating_point:
             raise ValueError(f"{self.label}: dtype {dtype} is no floating-point dtype")
         shapes = tensor_shapes(self._layout(), scheme.weight, scheme.group_size or 0)
-        for name in NAMES:
+        version = torch.tensor(format_version(scheme), dtype=torch.int32, device=device)
+        # Those that may be None come last: torch.export of a bare layer counts them wrongly.
+        for name in _BUFFERS:
             tensor = None
-            if name in shapes and name != "weight_group_zero" and (bias or name != "bias"):
+            if name == "format_version":
+                tensor = version
+            elif name in shapes and name != "weight_group_zero" and (bias or name != "bias"):
                 shape, buffer_dtype = shapes[name]
                 tensor = torch.zeros(shape, dtype=buffer_dtype, device=device)
             self.register_buffer(name, tensor)
-        version = torch.tensor(format_version(scheme), dtype=torch.int32, device=device)
-        self.register_buffer("format_version", version)
 
     def _layout(self) -> tuple[int, int, int]:
         """Blocks that are packed one by one, rows of each, and K."""
@@ -299,7 +310,7 @@ class QuantizedLayer(nn.Module):
 
 def autocast(y: Tensor) -> Tensor:
     """y in the dtype that a float layer would return under `torch.autocast`."""
-    if y.dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and y.dtype != torch.float64:
         return y.to(torch.get_autocast_dtype("cpu"))
     return y
 
