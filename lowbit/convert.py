@@ -73,7 +73,9 @@ def quantize(
         carried = carried_state(job.module, rules.is_builtin(job.converter))
         carry_over(copy.deepcopy(carried, memo), memo[id(job.module)])
     for module, entry in plan.entries:
-        set_entry(memo[id(module)], entry)
+        if id(module) in memo:
+            set_entry(memo[id(module)], entry)
+    _check_all_in(result, plan.jobs, memo)
     run_converted_encoder_layers(result)
     _warn_if_nothing_converted(result)
     return result
@@ -142,18 +144,19 @@ def run_converted_encoder_layers(model: nn.Module) -> None:
 
     In eval mode `nn.TransformerEncoderLayer` hands the raw weights of linear1 and linear2 to one
     fused function, and `nn.TransformerEncoder` looks at them before it nests its input. The
-    attributes that they consult for layers which the fused function does not know turn both off.
+    attributes that they consult for layers which the fused function does not know turn both off,
+    before they ask a lowbit layer for float weights, which would be computed at every call.
     """
     changed = set()
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            is_converted(child) for child in (module.linear1, module.linear2)
-        ):
-            module.activation_relu_or_gelu = 0
-            changed.add(id(module))
+        if isinstance(module, nn.TransformerEncoderLayer):
+            linears = [module._modules.get(key) for key in ("linear1", "linear2")]
+            if any(linear is not None and is_converted(linear) for linear in linears):
+                module.activation_relu_or_gelu = 0
+                changed.add(id(module))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
-            id(layer) in changed for layer in module.layers
+            id(layer) in changed for layer in module.modules()
         ):
             module.use_nested_tensor = False
 
@@ -162,6 +165,17 @@ def name_layer(layer: nn.Module, name: str) -> None:
     """Tell lowbit layers their name in the model, for error messages."""
     for module in [layer, *lowbit_layers(layer)]:
         object.__setattr__(module, "_fqn", name)
+
+
+def _check_all_in(result: nn.Module, jobs: list[Job], memo: dict[int, Any]) -> None:
+    """Classes may define how they are copied, and leave the lowbit layers out."""
+    present = {id(module) for module in result.modules()}
+    for job in jobs:
+        if id(memo[id(job.module)]) not in present:
+            raise ValueError(
+                f"layer '{job.name}' did not get into the copy: a module above it has a "
+                "__deepcopy__ of its own; copy the model first and use lowbit.quantize_ on that"
+            )
 
 
 def _progress(jobs: list[Job]) -> Iterator[Job]:
@@ -210,9 +224,9 @@ def carried_state(module: nn.Module, builtin: bool) -> dict[str, Any]:
             attributes as they see fit.
     """
     own = vars(module)
-    carried = {name: own[name] for name in (*HOOKS, *_HOOK_FLAGS) if own[name]}
+    carried = {name: own[name] for name in (*HOOKS, *_HOOK_FLAGS) if own.get(name)}
     if "_backward_hooks" in carried:
-        carried["_is_full_backward_hook"] = own["_is_full_backward_hook"]
+        carried["_is_full_backward_hook"] = own.get("_is_full_backward_hook")
     if builtin:
         carried |= {name: own[name] for name in own if name not in _FLOAT_ATTRIBUTES}
     return carried

@@ -108,11 +108,11 @@ def make_plan(
             continue
         size = count_bytes([*module.parameters(), *module.buffers()], counted)
         job = Job(module, name, layer_scheme, converter, size, kind, shape)
-        if isinstance(parent, nn.TransformerEncoderLayer) and (
-            module is parent.linear1 or module is parent.linear2
+        if isinstance(parent, nn.TransformerEncoderLayer) and any(
+            module is parent._modules.get(key) for key in ("linear1", "linear2")
         ):
             job.notes.append(_ENCODER_NOTE)
-        hooks = sum(len(vars(module)[hooks] or ()) for hooks in HOOKS)
+        hooks = sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)
         if hooks:
             job.notes.append(f"hooks carried over: {hooks}")
         converted.add(id(module))

@@ -9,6 +9,7 @@ model has one too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from lowbit.schemes import Scheme
 
 ROOT = "(root)"
 _ENTRY = "_lowbit_entry"
-_WIDTH = 116
+_NAME_WIDTH, _KIND_WIDTH = 36, 23  # the table then fits 120 columns
 
 
 @dataclass(frozen=True)
@@ -119,30 +120,35 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """A table with totals; notes are numbered below it, so that it fits a terminal."""
+        """A table with totals. Notes and kernels have numbers and letters, told below the table."""
         notes: dict[str, int] = {}
-        cells = [
-            [
-                row.name,
-                row.kind,
-                "x".join(map(str, row.shape)),
-                row.scheme,
-                row.kernel or "-",
-                _bytes(row.bytes_before),
-                _bytes(row.bytes_after),
-                notes.setdefault(row.note, len(notes) + 1) if row.note else "",
-            ]
-            for row in self.rows
-        ]
-        headers = ["layer", "class", "weight", "scheme", "kernel", "before", "after", "note"]
+        kernels: dict[str, str] = {}
+        cells = []
+        for row in self.rows:
+            if row.note:
+                notes.setdefault(row.note, len(notes) + 1)
+            if row.kernel:
+                kernels.setdefault(row.kernel, _letter(len(kernels)))
+            cells.append(
+                [
+                    _wrap(row.name, _NAME_WIDTH),
+                    _wrap(row.kind, _KIND_WIDTH),
+                    "x".join(map(str, row.shape)),
+                    row.scheme,
+                    kernels.get(row.kernel, ""),
+                    _bytes(row.bytes_before),
+                    _bytes(row.bytes_after),
+                    notes.get(row.note, ""),
+                ]
+            )
         table = tabulate(
             cells,
-            headers=headers,
-            maxcolwidths=_column_widths([headers, *cells]),
+            headers=["layer", "class", "weight", "scheme", "kernel", "before", "after", "note"],
             colalign=("left",) * 5 + ("right",) * 3 if cells else None,
             disable_numparse=True,
         )
         lines = [table, ""]
+        lines += [f"[{letter}] {kernel}" for kernel, letter in kernels.items()]
         lines += [f"[{number}] {note}" for note, number in notes.items()]
         lines += [
             f"{len(self.converted)} converted, {len(self.kept)} kept float; "
@@ -214,14 +220,15 @@ def walk(
 
 def entry_of(module: nn.Module) -> Entry | None:
     """What the conversion left on this module, if anything."""
-    entry = getattr(module, _ENTRY, None)
-    return entry if isinstance(entry, Entry) else None
+    state = getattr(module, _ENTRY, None)
+    return Entry(**state) if isinstance(state, dict) else None
 
 
 def set_entry(module: nn.Module, entry: Entry) -> None:
     """Leave the account of this module on it."""
-    # Not nn.Module.__setattr__: ScriptModules and modules with their own refuse unknown names.
-    object.__setattr__(module, _ENTRY, entry)
+    # Not nn.Module.__setattr__: ScriptModules and modules with their own refuse unknown names. As
+    # a dict, so that torch.load(weights_only=True) has one class less to be told about.
+    object.__setattr__(module, _ENTRY, dict(vars(entry)))
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -332,11 +339,18 @@ def _bytes(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
-def _column_widths(cells: list[list[Any]]) -> list[int]:
-    """Widths that fit the table into a terminal: the names give way first, then the kernels."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells, strict=True)]
-    for column, smallest in ((0, 22), (4, 16), (1, 12), (2, 12)):
-        excess = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
-        if excess > 0:
-            widths[column] = min(widths[column], max(smallest, widths[column] - excess))
-    return widths
+def _letter(index: int) -> str:
+    """a, b, ... z, aa, ab, ..."""
+    rest, last = divmod(index, 26)
+    return (_letter(rest - 1) if rest else "") + chr(ord("a") + last)
+
+
+def _wrap(name: str, width: int) -> str:
+    """A name in lines of at most `width` characters, broken behind dots where there are any."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        for piece in (part[i : i + width] for i in range(0, len(part), width)):
+            if len(lines[-1]) + len(piece) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lowbit.nn import Conv2d, Linear
+from lowbit.nn import SAFE_GLOBALS, Conv2d, Linear
 from lowbit.schemes import Scheme
 
 Converter = Callable[[nn.Module, Scheme], nn.Module]
@@ -72,6 +72,9 @@ class PaddedConv2d(Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, static_padding={self.static_padding}"
+
+
+SAFE_GLOBALS.append(PaddedConv2d)
 
 
 def is_candidate(module: nn.Module) -> bool:

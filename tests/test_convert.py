@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import os
 import pickle
 import subprocess
@@ -409,6 +410,41 @@ def test_weights_with_nan_are_errors_that_name_the_layer(bad):
     lowbit.quantize_(model, "w4a8", overrides={"blocks.2": None})
 
 
+# --- Modules that are special in torch -----------------------------------------------------------
+
+
+def test_traced_graphs_convert():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    graph = torch.fx.symbolic_trace(model)
+    x = torch.randn(3, 32)
+    expected = lowbit.quantize(model, "w8a8")(x)
+    assert torch.equal(lowbit.quantize(graph, "w8a8")(x), expected)
+    assert type(graph.get_submodule("0")) is nn.Linear
+    lowbit.quantize_(graph, "w8a8")
+    assert torch.equal(graph(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_stay_float():
+    part = torch.jit.trace(nn.Linear(32, 32), torch.zeros(1, 32))
+    model = nn.Sequential(part, nn.Linear(32, 32)).eval()
+    report = lowbit.quantize_(model, "w8a8")
+    assert [(r.name, r.converted) for r in report.rows] == [("0", False), ("1", True)]
+    assert model(torch.zeros(1, 32)).shape == (1, 32)
+
+
+def test_a_module_that_copies_itself_cannot_lose_layers_silently():
+    class Itself(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(Itself(nn.Linear(32, 32)))
+    with pytest.raises(ValueError, match=r"layer '0\.0' did not get into the copy"):
+        lowbit.quantize(model, "w4a8")
+    lowbit.quantize_(model, "w4a8")
+    assert isinstance(model[0][0], lowbit.nn.Linear)
+
+
 # --- Registered converters -----------------------------------------------------------------------
 
 
@@ -570,12 +606,26 @@ def transformer_encoder(**options):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options).eval()
 
 
+@pytest.fixture
+def no_float_weights(monkeypatch):
+    """The float weights of a lowbit layer must not be asked for."""
+
+    def weight(self):
+        raise RuntimeError("the layer was bypassed")
+
+    def forbid():
+        monkeypatch.setattr(lowbit.nn.Linear, "weight", property(weight))
+
+    return forbid
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"norm_first": True}], ids=str)
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
 )
-def test_encoder_layers_run_their_lowbit_layers(options, padded, mode):
+def test_encoder_layers_run_their_lowbit_layers(options, padded, mode, no_float_weights):
     model = transformer_encoder(**options)
     x = torch.randn(3, 6, 32)
     mask = torch.zeros(3, 6, dtype=torch.bool)
@@ -593,6 +643,7 @@ def test_encoder_layers_run_their_lowbit_layers(options, padded, mode):
             reference.get_submodule(name).load_state_dict(module.dequantize().state_dict())
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     assert not torch.equal(reference.layers[0].linear1.weight, model.layers[0].linear1.weight)
+    no_float_weights()
     for hooked in (True, False):
         if not hooked:  # torch leaves its fused path for any hook: the values must prove it too
             for module in quantized.modules():
@@ -609,12 +660,14 @@ def test_encoder_layers_run_their_lowbit_layers(options, padded, mode):
     assert model.layers[0].activation_relu_or_gelu != 0
 
 
-def test_an_encoder_with_only_later_layers_converted_does_not_nest_its_input():
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_only_later_layers_converted_does_not_nest_its_input(no_float_weights):
     model = transformer_encoder()
     quantized = lowbit.quantize(model, None, overrides={"layers.1.linear2": "w8a8"})
     mask = torch.zeros(3, 6, dtype=torch.bool)
     mask[1, 3:] = True
     x = torch.randn(3, 6, 32)
+    no_float_weights()
     with torch.inference_mode():
         y = quantized(x, src_key_padding_mask=mask)
         expected = model(x, src_key_padding_mask=mask)
@@ -675,6 +728,18 @@ def test_static_padding_is_padding_of_the_convolution(scheme):
     assert "static_padding=(0, 1, 0, 1)" in repr(layer)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     assert torch.equal(copied(x), expected)
+
+
+def test_whole_converted_layers_load_with_weights_only():
+    layer = lowbit.quantize(padded_conv(4, 8, 3, stride=2, image_size=16), "w4a8")
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    with torch.serialization.safe_globals(lowbit.nn.SAFE_GLOBALS):
+        loaded = torch.load(stream, weights_only=True)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(loaded(x), layer(x))
+    assert lowbit.summary(loaded) == lowbit.summary(layer)
 
 
 def test_a_class_of_that_name_with_another_padding_is_reported():

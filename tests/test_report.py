@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import _core
+from lowbit import _core, report
 from lowbit.report import Report, Row
 
 
@@ -114,8 +114,8 @@ def test_table_shows_every_row_note_and_total(model):
     text = str(report)
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["layer", "class", "weight", "scheme"]
-    kernel = _core.kernel_name("int4", "int8")
-    assert len([line for line in lines if kernel in line]) == 2
+    assert f"[a] {_core.kernel_name('int4', 'int8')}" in lines
+    assert [line.split()[4] for line in lines[2:4]] == ["a", "a"]
     (kept,) = [line for line in lines if line.startswith("4 ")]
     assert kept.split()[-1] == "1"
     assert "[1] override '4' is None" in lines
@@ -138,8 +138,15 @@ def test_table_of_deep_models_fits_a_terminal():
     joined = "".join(line.split(" ")[0] for line in table.splitlines())
     for row in report.rows:  # wrapped names lose nothing
         assert row.name in joined
-    # One note for both layers of a kind, not one a row.
-    assert len([line for line in str(report).splitlines() if line.startswith("[")]) == 3
+    # One note for all rows that it serves: a kernel, and three reasons.
+    assert len([line for line in str(report).splitlines() if line.startswith("[")]) == 1 + 3
+
+
+def test_kernels_have_letters_and_names_break_behind_dots():
+    assert [report._letter(i) for i in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
+    assert report._wrap("encoder.layer.weight", 14) == "encoder.layer.\nweight"
+    assert report._wrap("encoder", 4) == "enco\nder"
+    assert report._wrap("(root)", 40) == "(root)"
 
 
 def test_quantize_alone_leaves_the_account_on_the_copy(model):
