@@ -247,3 +247,30 @@ def test_set_isa_beyond_the_cpu_is_an_error():
     assert result.returncode != 0
     assert "ValueError" in result.stderr.splitlines()[-1]
     assert "not supported by this CPU" in result.stderr
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["dot", "fma", "xnor"])
+def test_probes_measure_something(isa, what):
+    assert _core.probe(what, 0.001) > 0
+
+
+def test_read_bandwidth_measures_something(isa):
+    assert _core.read_bandwidth(1 << 16, 1, 0.001) > 0
+    assert _core.read_bandwidth(1 << 20, 2, 0.001) > 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _core.probe("sqrt", 0.001),
+        lambda: _core.read_bandwidth(-1, 1, 0.001),
+        lambda: _core.read_bandwidth(1 << 16, 0, 0.001),
+    ],
+    ids=["unknown", "bytes", "threads"],
+)
+def test_probes_refuse_what_they_cannot_measure(call):
+    with pytest.raises(ValueError, match=r"\w"):
+        call()

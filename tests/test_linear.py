@@ -3,11 +3,13 @@
 A case is built and solved by the oracle once and kept for the next instruction set.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import oracle
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import Weights, assert_same_bits, core_linear, random_weights
@@ -304,30 +306,62 @@ def test_repeated_calls_give_the_same_bits(kernel):
         assert_same_bits(core_linear(x, weights, kernel.activation), first)
 
 
+def test_calls_from_several_python_threads_at_once(isa):
+    """The GIL is released during a call: memory that a thread keeps must be its own."""
+    args = [
+        (fmt, activation, m, n, k, grouping)
+        for fmt in FORMATS
+        for activation in oracle.ACTIVATIONS
+        for m, n, k, grouping in ((1, 130, 200, "channel"), (9, 40, 333, "g32-zeros"))
+    ]
+    cases = [(case(*arg), arg[1]) for arg in args]
+
+    def solve(i):
+        (x, weights, expected), activation = cases[i % len(cases)]
+        assert_same_bits(core_linear(x, weights, activation, threads=1 + i % 2), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(solve, range(4 * len(cases))))
+
+
+def test_denormal_rows_under_flush_to_zero(kernel, rng):
+    """The caller's floating-point mode changes no code: a row too small to divide by is zero."""
+    x = np.full((3, 40), DENORMAL, np.float32)
+    x[1] = rng.normal(size=40)
+    weights = random_weights(rng, kernel.fmt, (20, 40))
+    expected = oracle.linear(x, *weights.astuple(), kernel.activation)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals to zero")
+    try:
+        actual = core_linear(x, weights, kernel.activation)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(actual, expected)
+
+
 # --- arguments -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format": -1},
-        {"format": len(oracle.FORMATS)},
-        {"activation": 99},
-        {"m": -1},
-        {"n": -1},
-        {"k": -1},
-        {"group_size": -32},
-        {"group_size": 33},
-        {"x": 0},
-        {"y": 0},
-        {"packed": 0},
-        {"scale": 0},
-        {"group_size": 32},  # but no scales for the groups
-        {"threads": 0},
-    ],
-    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
-)
-def test_bad_arguments_are_refused(change):
+BAD_ARGUMENTS = {
+    "format": ({"format": -1}, "format"),
+    "format-too-large": ({"format": len(FORMATS)}, "format"),
+    "activation": ({"activation": 99}, "activation"),
+    "m": ({"m": -1}, "m >= 0"),
+    "n": ({"n": -1}, "negative"),
+    "k": ({"k": -1}, "negative"),
+    "group-size": ({"group_size": -32}, "group_size"),
+    "group-size-not-of-32": ({"group_size": 33}, "group_size"),
+    "groups-without-scales": ({"group_size": 32}, "group_scale"),
+    "x": ({"x": 0}, "address of x"),
+    "y": ({"y": 0}, "address of x or y"),
+    "packed": ({"packed": 0}, "address of the weights"),
+    "scale": ({"scale": 0}, "address of the weights"),
+    "threads": ({"threads": 0}, "threads"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(change, message):
     x, y = np.zeros((2, 64), np.float32), np.zeros((2, 16), np.float32)
     packed, scale = np.zeros((1, 16, 64), np.uint8), np.ones(16, np.float32)
     arguments = {
@@ -347,5 +381,5 @@ def test_bad_arguments_are_refused(change):
         "threads": 1,
     }
     _core.linear(*arguments.values())
-    with pytest.raises(ValueError, match=r"\w"):
+    with pytest.raises(ValueError, match=message):
         _core.linear(*{**arguments, **change}.values())
