@@ -157,15 +157,21 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.report import summary
     from lowbit.serialize import save_file
 
-    (scheme,) = _schemes(arguments.scheme)
+    scheme, *more = _schemes(arguments.scheme)
+    if more:
+        raise UsageError("--scheme takes one scheme; --override gives a layer another one")
     overrides = dict(map(_override, arguments.override))
     _check_writable(arguments.output)
     model = build(find(arguments.model), arguments.model)
     progress("converting")
-    quantized = quantize(model, scheme, overrides=overrides)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no layer was converted")  # an error here
+        quantized = quantize(model, scheme, overrides=overrides)
     report = summary(quantized)
     if not report.converted:
-        raise CommandError(f"no layer was converted, nothing was written:\n{report}")
+        reasons = [f"{row.name}: {row.note}" for row in report.kept[:3] if row.note]
+        why = "; ".join(reasons) or "the model has no nn.Linear and no nn.Conv2d"
+        raise CommandError(f"no layer was converted, nothing was written ({why})")
     save_file(quantized, arguments.output)
     size = arguments.output.stat().st_size
     closing = (
@@ -308,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(bench)
     _add_plot(bench)
+    _add_seconds(bench, None)
     return parser
 
 
@@ -328,10 +335,18 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
 
 
-def _add_seconds(parser: argparse.ArgumentParser, default: float) -> None:
+def _add_seconds(parser: argparse.ArgumentParser, default: float | None) -> None:
+    usual = "of one shape, M and thread count" if default is None else "(default: %(default)s)"
     parser.add_argument(
-        "--seconds", type=float, default=default, help="for the timing (default: %(default)s)"
+        "--seconds", type=_seconds, default=default, metavar="S", help=f"for the timing {usual}"
     )
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -66,13 +66,13 @@ def build(factory: Any, name: str) -> nn.Module:
     if not isinstance(factory, nn.Module):
         if not callable(factory):
             kind = type(factory).__name__
-            raise CommandError(f"{name} is a {kind}, neither an nn.Module nor callable")
+            raise CommandError(f"{name} (type {kind}) is neither an nn.Module nor callable")
         try:
             made = factory()
         except Exception as error:
             raise CommandError(f"{name}() failed: {in_one_line(error)}") from error
     if not isinstance(made, nn.Module):
-        raise CommandError(f"{name}() returned a {type(made).__name__}, not an nn.Module")
+        raise CommandError(f"{name}() returned no nn.Module, but type {type(made).__name__}")
     made.eval()
     return made
 

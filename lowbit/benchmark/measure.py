@@ -53,14 +53,17 @@ def measure(
         reference = case.layer(case.x)
         for candidate in candidates:
             copies = max(1, -(-rotate_bytes // candidate.weight_bytes))
-            forwards = _build(candidate, copies, case.x)
-            if isinstance(forwards, str):
-                failed[candidate.name] = forwards
+            found = _build(candidate, copies, case.x, reference)
+            if isinstance(found, str):
+                failed[candidate.name] = found
                 continue
-            errors[candidate.name] = relative_error(reference, forwards[0](case.x))
+            forwards, errors[candidate.name] = found
             sides[candidate.name] = _rotation(forwards, case.x)
             built.append(candidate)
-        timings = alternate(sides, budget_seconds=budget_seconds, min_rounds=min_rounds)
+            del found, forwards  # they hold the copies of the weights
+        timings: dict[str, Timing] = {}
+        if sides:
+            timings = alternate(sides, budget_seconds=budget_seconds, min_rounds=min_rounds)
     sides.clear()
     gc.collect()
     rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
@@ -74,15 +77,15 @@ def relative_error(reference: torch.Tensor, output: torch.Tensor) -> float:
     return float((output - reference).norm() / reference.norm())
 
 
-def _build(candidate: Candidate, copies: int, x: torch.Tensor) -> list[Forward] | str:
-    """Copies of a layer that have run once, or why it cannot be had."""
+def _build(
+    candidate: Candidate, copies: int, x: torch.Tensor, reference: torch.Tensor
+) -> tuple[list[Forward], float] | str:
+    """Copies of a layer that have run once and their error, or why the layer cannot be had."""
     try:
         forwards = [candidate.build() for _ in range(copies)]
-        for forward in forwards:
-            forward(x)
+        return forwards, max(relative_error(reference, forward(x)) for forward in forwards)
     except Exception as error:  # an engine may refuse in any way
         return reason(error)
-    return forwards
 
 
 def _rotation(forwards: list[Forward], x: torch.Tensor) -> Callable[[], Any]:

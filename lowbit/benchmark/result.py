@@ -134,7 +134,10 @@ def _percent(fraction: float | None) -> str:
 
 
 def _ratio(value: Ratio | None) -> str:
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    # The reference itself, round by round.
+    return "1.00" if value.p10 == value.p90 == 1.0 else str(value)
 
 
 @dataclass(frozen=True)

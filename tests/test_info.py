@@ -1,0 +1,103 @@
+"""lowbit.info: what `lowbit info` says about the machine, the kernels and the threads."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from lowbit import _core
+from lowbit.info import cpu_info, describe, openmp_libraries, openmp_verdict, version
+
+MAPS = """\
+7f00-7f01 r--p 00000000 08:01 12   /usr/lib/x86_64-linux-gnu/libc.so.6
+7f01-7f02 r--p 00000000 08:01 34   /venv/lib/torch/lib/libgomp.so.1
+7f02-7f03 r-xp 00001000 08:01 34   /venv/lib/torch/lib/libgomp.so.1
+7f03-7f04 r--p 00000000 08:01 56   /opt/my tools/lib/libiomp5.so
+7f04-7f05 r--p 00000000 08:01 78   /usr/lib/libompl.so.16
+7f05-7f06 rw-p 00000000 00:00 0    [heap]
+7f06-7f07 rw-p 00000000 00:00 0
+"""
+
+
+def test_is_json_with_all_parts():
+    info = json.loads(json.dumps(cpu_info(), allow_nan=False))
+    assert list(info) == ["cpu", "isa", "kernels", "threads", "versions"]
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["lowbit"] == version()
+    assert re.fullmatch(r"\d+\.\d+.*", version())
+    assert info["cpu"]["model"]
+    assert 1 <= info["cpu"]["usable_cpus"] <= info["cpu"]["logical_cpus"]
+
+
+def test_names_the_kernel_of_every_format_and_activation(isa):
+    info = cpu_info()
+    assert info["isa"]["chosen"] == isa
+    assert list(info["kernels"]) == list(_core.FORMATS)
+    for weights, row in info["kernels"].items():
+        assert row == {a: _core.kernel_name(weights, a) for a in _core.ACTIVATIONS}
+        assert all(isa in name for name in row.values())
+
+
+def test_lists_the_isas_built_in():
+    built_in = cpu_info()["isa"]["built_in"]
+    assert [row["name"] for row in built_in] == [row["name"] for row in _core.isas()]
+    assert any(row["usable"] and row["name"] == _core.isa() for row in built_in)
+
+
+def test_threads_are_those_of_torch():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert cpu_info()["threads"]["torch"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
+def test_this_process_has_one_openmp_pool():
+    threads = cpu_info()["threads"]
+    assert threads["one_pool"] is True
+    assert len(threads["openmp_runtimes"]) == 1
+
+
+def test_finds_openmp_runtimes_in_a_memory_map():
+    found = openmp_libraries(MAPS)
+    assert found == ["/opt/my tools/lib/libiomp5.so", "/venv/lib/torch/lib/libgomp.so.1"]
+
+
+@pytest.mark.parametrize(
+    ("libraries", "words"),
+    [
+        (None, "cannot be listed"),
+        ([], "one thread"),
+        (["/a/libgomp.so.1"], "one pool"),
+        (["/a/libgomp.so.1", "/b/libiomp5.so"], "2 are loaded"),
+    ],
+)
+def test_says_how_many_openmp_pools_there_are(libraries, words):
+    assert words in openmp_verdict(libraries)
+
+
+def test_text_holds_what_a_bug_report_needs(use_isa):
+    use_isa("scalar")
+    info = cpu_info()
+    text = describe(info)
+    assert f"{info['cpu']['model']} ({info['cpu']['architecture']})" in text
+    assert "scalar (in use)" in text
+    assert torch.__version__ in text
+    for row in info["kernels"].values():
+        assert all(name in text for name in row.values())
+
+
+def test_text_marks_an_isa_that_cannot_run_and_a_limit():
+    info = cpu_info()
+    info["isa"] |= {
+        "LOWBIT_MAX_ISA": "scalar",
+        "chosen": "scalar",
+        "built_in": [{"name": "other", "usable": False}, {"name": "scalar", "usable": True}],
+    }
+    text = describe(info)
+    assert "scalar (LOWBIT_MAX_ISA=scalar)" in text
+    assert "other (not usable here), scalar (in use)" in text
