@@ -385,5 +385,5 @@ def test_bad_geometry_is_refused(change):
     rest = (0, 0, 0, memory.ctypes.data, memory.ctypes.data, 0, 0, 0, 1)
     _core.conv2d(memory.ctypes.data, y.ctypes.data, tuple(GEOMETRY.values()), *rest)
     changed = tuple({**GEOMETRY, **change}.values())
-    with pytest.raises(ValueError, match="geometry|negative|address"):
+    with pytest.raises(ValueError, match=r"geometry|negative|address"):
         _core.conv2d(memory.ctypes.data, y.ctypes.data, changed, *rest)
