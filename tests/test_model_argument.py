@@ -41,7 +41,7 @@ def test_finds_modules_of_the_current_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", ":", "torch", "torch:", ":nn"])
 def test_refuses_what_is_not_of_the_form(name):
-    with pytest.raises(UsageError, match="package.module:factory"):
+    with pytest.raises(UsageError, match=r"package\.module:factory"):
         find(name)
 
 
