@@ -8,7 +8,6 @@ are filled with a pattern first, and the memory before them is checked afterward
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import mmap
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 PATTERN = 0xA5  # unwritten memory: as a float32, an ordinary small negative number
 PROT_NONE = 0
 
-_libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Guarded:

@@ -51,7 +51,7 @@ def memory_formats(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Signal to quantization noise ratio in dB."""
-    expected, actual = expected.double(), actual.double()
+    expected, actual = expected.detach().double(), actual.detach().double()
     return float(20 * torch.log10(expected.norm() / (expected - actual).norm()))
 
 
