@@ -65,6 +65,8 @@ def conv2d(
     group_zero: int,
     bias: int,
     threads: int,
+    x_channels_last: bool = ...,
+    y_channels_last: bool = ...,
 ) -> None: ...
 def probe(what: Literal["dot", "fma", "xnor"], seconds: float) -> float: ...  # MAC/s of one core
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...  # bytes/s

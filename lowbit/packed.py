@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,22 +24,23 @@ class PackedWeight:
 
     Attributes:
         tensors: see `Tensors`.
-        operands: what the extension takes between the addresses or sizes of x and y and the
-            number of threads.
+        operands: tuple of int, what the kernel takes between y and the number of threads.
         channels: in_features, or in_channels of a convolution.
         out_features: outputs, of all groups of a convolution.
         depth: K.
         owner: name of the layer or operator, for error messages.
+        activation: format of the activations.
         kernel_size: of a convolution.
         groups: of a convolution.
     """
 
     tensors: Tensors
-    operands: tuple[int, ...]
+    operands: Any
     channels: int
     out_features: int
     depth: int
     owner: str
+    activation: str
     kernel_size: tuple[int, int] = (1, 1)
     groups: int = 1
 
@@ -128,7 +130,7 @@ def linear_weight(
     layout = (1, out_features, channels)
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, out_features, channels, group_size, *addresses)
-    return PackedWeight(tensors, operands, channels, out_features, channels, owner)
+    return PackedWeight(tensors, operands, channels, out_features, channels, owner, formats[1])
 
 
 def conv2d_weight(
@@ -149,7 +151,7 @@ def conv2d_weight(
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, group_size, *addresses)
     return PackedWeight(
-        tensors, operands, channels, out_channels, layout[2], owner, kernel_size, groups
+        tensors, operands, channels, out_channels, layout[2], owner, formats[1], kernel_size, groups
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowbit import ops
+from lowbit import inputs
 from lowbit.nn import Conv2d, Linear
 
 
@@ -238,25 +238,27 @@ def test_runs_directly_only_where_nothing_intercepts():
     class Subclass(torch.Tensor):
         pass
 
-    assert ops.runs_directly(x)
-    assert ops.runs_directly(torch.nn.Parameter(x))
-    assert not ops.runs_directly(x.as_subclass(Subclass))
-    assert not ops.runs_directly(x.to("meta"))
-    assert not ops.runs_directly(x.to_sparse())
-    assert not ops.runs_directly([1.0])
-    assert not ops.runs_directly(None)
+    assert inputs.runs_directly(x)
+    assert inputs.runs_directly(torch.nn.Parameter(x))
+    assert not inputs.runs_directly(x.as_subclass(Subclass))
+    assert not inputs.runs_directly(x.to("meta"))
+    assert not inputs.runs_directly(x.to_sparse())
+    assert not inputs.runs_directly([1.0])
+    assert not inputs.runs_directly(None)
     with torch.device("cpu"):
-        assert not ops.runs_directly(x)
+        assert not inputs.runs_directly(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not ops.runs_directly(x)
+        assert not inputs.runs_directly(x)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
-        assert not ops.runs_directly(x)
+        assert not inputs.runs_directly(x)
     with torch.profiler.profile():
-        assert not ops.runs_directly(x)
-    assert not torch.vmap(lambda row: torch.tensor(ops.runs_directly(row)))(torch.ones(2, 3)).any()
-    assert ops.runs_directly(x)
+        assert not inputs.runs_directly(x)
+    assert not torch.vmap(lambda row: torch.tensor(inputs.runs_directly(row)))(
+        torch.ones(2, 3)
+    ).any()
+    assert inputs.runs_directly(x)
 
 
 def test_suggested_memory_format_of_a_padded_image():
     x = F.pad(torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last), [1, 1, 1, 1])
-    assert ops.suggests_channels_last(x) == x.is_contiguous(memory_format=torch.channels_last)
+    assert inputs.suggests_channels_last(x) == x.is_contiguous(memory_format=torch.channels_last)

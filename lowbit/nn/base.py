@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import _core, ops
+from lowbit import _core
 from lowbit.formats import FORMATS
+from lowbit.inputs import check_tensor
 from lowbit.nn.loading import format_version, state_problems
 from lowbit.packed import PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
@@ -220,7 +221,7 @@ class QuantizedLayer(nn.Module):
         """Checks x where the call goes through the dispatcher; returns it without gradient."""
         if isinstance(x, torch.fx.Proxy):
             return x
-        ops.check_tensor(x, self.label)
+        check_tensor(x, self.label)
         device, own = x.device.type, self.weight_packed.device.type
         if device != own:
             raise RuntimeError(
@@ -306,42 +307,3 @@ class QuantizedLayer(nn.Module):
             f"w={scheme.weight}{group} {scheme.quantizer}, a={scheme.activation}, "
             f"kernel={_core.kernel_name(scheme.weight, scheme.activation)}"
         )
-
-
-def autocast(y: Tensor) -> Tensor:
-    """y in the dtype that a float layer would return under `torch.autocast`."""
-    if torch.is_autocast_enabled("cpu") and y.dtype != torch.float64:
-        return y.to(torch.get_autocast_dtype("cpu"))
-    return y
-
-
-def check_float_layer(module: nn.Module, kind: type[nn.Module], owner: str) -> Tensor:
-    """The weight of a float layer that can be quantized, detached.
-
-    Raises:
-        TypeError: the module is of another class, or its weight is not floating point.
-        ValueError: its weight is not a dense tensor on the CPU.
-    """
-    if not isinstance(module, kind):
-        raise TypeError(
-            f"{owner}.from_float takes a torch.nn.{kind.__name__}, not {type(module).__name__}"
-        )
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
-        raise TypeError(f"{owner}.from_float: the weight has dtype {weight.dtype}, not a float one")
-    if weight.device.type != "cpu" or weight.layout is not torch.strided:
-        raise ValueError(
-            f"{owner}.from_float: the weight is on {weight.device} ({weight.layout}), but is "
-            "quantized on the CPU as a dense tensor; move it there first"
-        )
-    return weight.detach()
-
-
-def float_bias(module: nn.Module) -> Tensor | None:
-    """A float32 copy of a float layer's bias."""
-    bias = module.bias
-    if bias is None:
-        return None
-    assert isinstance(bias, Tensor)
-    return bias.detach().to(torch.float32, copy=True).contiguous()

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit import _core, ops
-from lowbit.nn.base import QuantizedLayer, autocast, check_float_layer, float_bias
+from lowbit.inputs import check_channels, output_size, runs_directly
+from lowbit.nn.base import QuantizedLayer
+from lowbit.nn.floats import autocast, check_float_layer, float_bias
 from lowbit.packed import PackedWeight, Tensors, conv2d_weight, conv_weight_layout
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
@@ -141,7 +143,7 @@ class Conv2d(QuantizedLayer):
             TypeError, ValueError, RuntimeError: an input that no float layer would take either,
                 or that is not on the CPU, or that wants gradients while the layer is training.
         """
-        if torch.compiler.is_compiling() or not ops.runs_directly(x):
+        if torch.compiler.is_compiling() or not runs_directly(x):
             return self._dispatch(x)
         if x.requires_grad:
             self._refuse_training(x)
@@ -163,13 +165,13 @@ class Conv2d(QuantizedLayer):
         if unbatched:
             x = x.unsqueeze(0)
         if isinstance(x, Tensor):
-            ops.check_channels(x.shape, self.in_channels, self.label)
+            check_channels(x.shape, self.in_channels, self.label)
         padding = self._pads()
         if self.padding_mode != "zeros":
             x, padding = self._pad(x), (0, 0, 0, 0)
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if isinstance(x, Tensor):
-            ops.output_size(x.shape, self.kernel_size, stride, padding, dilation, self.label)
+            output_size(x.shape, self.kernel_size, stride, padding, dilation, self.label)
         y: Tensor = torch.ops.lowbit.conv2d(
             x,
             self.weight_packed,
@@ -205,7 +207,7 @@ class Conv2d(QuantizedLayer):
     def _pad(self, x: Tensor) -> Tensor:
         """The image padded by its own pixels."""
         if isinstance(x, Tensor):
-            ops.check_channels(x.shape, self.in_channels, self.label)
+            check_channels(x.shape, self.in_channels, self.label)
         top, left, bottom, right = self._pads()
         try:
             return F.pad(x, [left, right, top, bottom], mode=self.padding_mode)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import ops
-from lowbit.nn.base import QuantizedLayer, autocast, check_float_layer, float_bias
+from lowbit.inputs import check_features, runs_directly
+from lowbit.nn.base import QuantizedLayer
+from lowbit.nn.floats import autocast, check_float_layer, float_bias
 from lowbit.packed import PackedWeight, Tensors, linear_weight
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
@@ -86,7 +88,7 @@ class Linear(QuantizedLayer):
             TypeError, ValueError, RuntimeError: an input that no float layer would take either,
                 or that is not on the CPU, or that wants gradients while the layer is training.
         """
-        if torch.compiler.is_compiling() or not ops.runs_directly(x):
+        if torch.compiler.is_compiling() or not runs_directly(x):
             return self._dispatch(x)
         if x.requires_grad:
             self._refuse_training(x)
@@ -95,7 +97,7 @@ class Linear(QuantizedLayer):
     def _dispatch(self, x: Tensor) -> Tensor:
         x = self._check_input(x)
         if isinstance(x, Tensor):
-            ops.check_features(x.shape, self.in_features, self.label)
+            check_features(x.shape, self.in_features, self.label)
         y: Tensor = torch.ops.lowbit.linear(
             x,
             self.weight_packed,
