@@ -5,6 +5,8 @@ nearly the same values, and raise where the float layer raises.
 """
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,31 +14,55 @@ from torch import nn
 
 import lowbit
 
-common_modules = pytest.importorskip("torch.testing._internal.common_modules")
-
-MODULES = [info for info in common_modules.module_db if info.module_cls in (nn.Linear, nn.Conv2d)]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SCHEMES = ("w8a8", "w8a16", "w4a8", "w1a1")
 
 # Signal to noise in dB that samples as small as these reach; None where nothing is promised.
 LEAST_SQNR = {"w8a8": 30, "w8a16": 35, "w4a8": None, "w1a1": None}
 
+# torch's test modules change settings of torch and of hypothesis when they are imported: that must
+# not reach the other tests, so a process of its own reads them.
+READ_SAMPLES = """
+import sys, torch
+from torch import nn
+from torch.testing._internal.common_modules import module_db
+found = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for info in module_db:
+        if info.module_cls in (nn.Linear, nn.Conv2d):
+            inputs = info.module_inputs_func(
+                info, device="cpu", dtype=dtype, requires_grad=False, training=False
+            )
+            for i, sample in enumerate(inputs):
+                make, forward = sample.constructor_input, sample.forward_input
+                name = f"{info.module_cls.__name__}-{i}-{sample.desc or 'plain'}"
+                found.append((str(dtype), name, info.module_cls.__name__,
+                              make.args, make.kwargs, forward.args, forward.kwargs))
+torch.save(found, sys.argv[1])
+"""
 
-def samples(dtype: torch.dtype) -> list:
-    """(id, float module, args, kwargs) of every sample, in eval mode."""
-    found = []
-    for info in MODULES:
-        inputs = info.module_inputs_func(
-            info, device="cpu", dtype=dtype, requires_grad=False, training=False
-        )
-        for i, sample in enumerate(inputs):
-            torch.manual_seed(i)
-            arguments = sample.constructor_input
-            module = info.module_cls(*arguments.args, **{**arguments.kwargs, "dtype": dtype})
-            name = f"{info.module_cls.__name__}-{i}-{sample.desc or 'plain'}"
-            forward = sample.forward_input
-            found.append((name, module.eval(), forward.args, forward.kwargs))
-    return found
+
+def read_samples(path: str) -> list:
+    pytest.importorskip("expecttest")  # torch's test modules need it
+    command = [sys.executable, "-c", READ_SAMPLES, path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """A function: the name, float module in eval mode, args and kwargs of a dtype's samples."""
+    read = read_samples(str(tmp_path_factory.mktemp("module_db") / "samples.pt"))
+
+    def of(dtype: str) -> list:
+        return [
+            (name, getattr(nn, cls)(*args, **kwargs, dtype=DTYPES[dtype]).eval(), *forward)
+            for sample_dtype, name, cls, args, kwargs, *forward in read
+            if sample_dtype == dtype
+        ]
+
+    return of
 
 
 def memory_formats(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,15 +81,15 @@ def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(20 * torch.log10(expected.norm() / (expected - actual).norm()))
 
 
-def test_samples_are_there():
-    names = [name for name, *_ in samples(torch.float32)]
+def test_samples_are_there(samples):
+    names = [name for name, *_ in samples("torch.float32")]
     assert sum(name.startswith("Linear") for name in names) >= 3
     assert sum(name.startswith("Conv2d") for name in names) >= 4
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_samples_give_what_the_float_layer_gives(scheme, dtype):
+def test_samples_give_what_the_float_layer_gives(samples, scheme, dtype):
     for name, module, args, kwargs in samples(dtype):
         layer = lowbit.quantize(nn.Sequential(module), scheme)[0]
         assert type(layer) is getattr(lowbit.nn, type(module).__name__), name
