@@ -2,6 +2,7 @@
 // its receptive fields to rows (im2col, a block at a time) and multiplies them as Linear does; a
 // 1x1 convolution needs no copy; a depthwise one has a microkernel of its own.
 #include <algorithm>
+#include <optional>
 
 #include "depthwise.h"
 #include "dispatch.h"
@@ -23,8 +24,8 @@ int64_t conv2d_depth(Format format, const Conv2dGeometry& g) {
 
 namespace {
 
-constexpr int64_t kBlockBytes =
-    256 * 1024;  // rows of a block: they stay in L2 while all channels pass
+// What a block reads (its rows; a depthwise one: writes) stays in L2.
+constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
 
 // The weights of one group of a convolution.
@@ -40,13 +41,15 @@ Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& 
   return w;
 }
 
-// How many blocks an image is cut into: they fit the cache, and there is one for each thread.
+// How many blocks an image is cut into: they fit the cache, and there is one for each thread. A
+// block is a range of pixels, or of whole rows for a depthwise convolution.
 int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int threads) {
-  const int64_t pixels = g.out_height * g.out_width;
-  const int64_t block =
-      std::clamp(kBlockBytes / std::max<int64_t>(weights.k, 1), kMinBlock, kMaxBlock);
-  const int64_t wanted = std::max(ceil_div(pixels, block), ceil_div(threads, g.batch));
-  return std::min(pixels, round_up(wanted, g.batch % threads == 0 ? 1 : threads));
+  const int64_t units = g.depthwise() ? g.out_height : g.out_height * g.out_width;
+  const int64_t bytes = g.depthwise() ? g.out_width * g.out_channels * 4 : weights.k;
+  const int64_t block = std::clamp(kBlockBytes / std::max<int64_t>(bytes, 1),
+                                   g.depthwise() ? 1 : kMinBlock, kMaxBlock);
+  const int64_t wanted = std::max(ceil_div(units, block), ceil_div(threads, g.batch));
+  return std::min(units, round_up(wanted, g.batch % threads == 0 ? 1 : threads));
 }
 
 }  // namespace
@@ -67,6 +70,10 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   Images images(kernel, g, activation, use_bits, scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
   const int64_t blocks = blocks_per_image(g, weights, threads);
+  const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide
+  static thread_local Scratch weights_scratch;
+  std::optional<DepthwiseWeights> expanded;
+  if (g.depthwise()) expanded.emplace(g, weights, depth, weights_scratch);
 
   parallel(threads, [&](int thread, int team) {
     images.quantize(x, thread, team);
@@ -74,26 +81,26 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
     const Range mine = part(g.batch * blocks, thread, team);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
-      const Range block = part(pixels, b % blocks, blocks);
-      const int64_t count = block.end - block.begin;
-      float* out = y + (image * pixels + block.begin) * g.out_channels;
+      const Range block = part(pixels / unit, b % blocks, blocks);
+      const int64_t first = block.begin * unit, count = (block.end - block.begin) * unit;
+      float* out = y + (image * pixels + first) * g.out_channels;
       if (!g.y_channels_last) {
         block_scratch.reserve(Scratch::bytes<float>(count * g.out_channels));
         out = block_scratch.take<float>(count * g.out_channels);
       }
       if (g.depthwise()) {
-        depthwise(kernel, g, weights, depth, images, image, block.begin, count, out);
+        depthwise(kernel, g, weights, depth, *expanded, images, image, block.begin, block.end, out);
       } else {
         Columns columns(kernel, g, weights, depth, images, count, rows_scratch);
         for (int64_t group = 0; group < g.groups; ++group) {
           const Weights w = group_weights(weights, g, depth, group);
-          gemm(kernel, w, depth, columns.fill(image, block.begin, count, group), 0, w.n,
+          gemm(kernel, w, depth, columns.fill(image, first, count, group), 0, w.n,
                out + group * w.n, g.out_channels);
         }
       }
       if (!g.y_channels_last)
-        kernel.transpose(count, g.out_channels, out,
-                         y + image * pixels * g.out_channels + block.begin, pixels);
+        kernel.transpose(count, g.out_channels, out, y + image * pixels * g.out_channels + first,
+                         pixels);
     }
   });
 }

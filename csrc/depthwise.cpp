@@ -4,29 +4,72 @@
 #include <cstring>
 
 namespace lowbit {
+
+DepthwiseWeights::DepthwiseWeights(const Conv2dGeometry& g, const Weights& weights,
+                                   const Depth& depth, Scratch& scratch)
+    : quads_(static_cast<int>(ceil_div(g.kernel_h, 4))),
+      taps_(g.kernel_w),
+      panels_(packed_panels(g.out_channels)) {
+  const FormatTraits& f = traits(weights.format);
+  const int64_t vectors = depth.groups * taps_ * quads_ * panels_;
+  const int64_t counts = depth.groups * taps_ * quads_ * 4;
+  scratch.reserve(Scratch::bytes<uint8_t>(vectors * kVectorBytes) + Scratch::bytes<int8_t>(counts));
+  codes_ = scratch.take<uint8_t>(vectors * kVectorBytes);
+  counted_ = scratch.take<int8_t>(counts);
+  std::memset(codes_, 0, static_cast<size_t>(vectors * kVectorBytes));
+  std::memset(counted_, 0, static_cast<size_t>(counts));
+
+  const uint32_t mask = (1u << f.bits) - 1;
+  for (int64_t group = 0; group < depth.groups; ++group) {
+    const Depth::Chunk chunk = depth.chunk(group, 0);
+    for (int64_t k = chunk.k; k < chunk.k + chunk.size; ++k) {
+      const int64_t ky = k / g.kernel_w, kx = k % g.kernel_w, in = k % f.depth();
+      const int64_t at = (group * taps_ + kx) * quads_ + ky / 4;
+      const int from = static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
+                to = static_cast<int>(ky % 4 * 8);
+      counted_[at * 4 + ky % 4] = 1;
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const uint8_t* src = weights.packed + (panel * depth.steps + k / f.depth()) * kVectorBytes;
+        uint32_t v[kPanel], out[kPanel];
+        std::memcpy(v, src, kVectorBytes);
+        uint8_t* dst = codes_ + (at * panels_ + panel) * kVectorBytes;
+        std::memcpy(out, dst, kVectorBytes);
+        for (int c = 0; c < kPanel; ++c) out[c] |= (v[c] >> from & mask) << to;
+        std::memcpy(dst, out, kVectorBytes);
+      }
+    }
+  }
+}
+
 namespace {
 
-constexpr int kTilePixels = 8;  // that share one call of the microkernel
+constexpr int kTilePixels = 16;  // that share one call of the microkernel
 constexpr int kMaxPlanes = 2;
 
 class Depthwise {
  public:
   Depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
-            const Depth& depth, const Images& images, Scratch& scratch)
+            const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
+            Scratch& scratch)
       : kernel_(kernel),
         geometry_(geometry),
         weights_(weights),
         depth_(depth),
+        expanded_(expanded),
         images_(images),
         traits_(traits(weights.format)),
-        taps_(depth.steps * traits_.depth()) {
-    const int64_t tile = int64_t{kTilePixels} * kernel.nr, rows = kTilePixels * kMaxPlanes;
-    const int64_t scales = depth.groups * kernel.nr;
-    scratch.reserve(2 * Scratch::bytes<int32_t>(tile * kMaxPlanes) +
-                    2 * Scratch::bytes<float>(tile) + Scratch::bytes<double>(tile) +
-                    2 * Scratch::bytes<float>(scales) + Scratch::bytes<int32_t>(rows) +
-                    Scratch::bytes<float>(kTilePixels) +
-                    Scratch::bytes<const int8_t*>(rows * taps_));
+        column_(images.pitch() * 4),
+        row_columns_(std::max((geometry.out_width - 1) * geometry.stride_w +
+                                  (geometry.kernel_w - 1) * geometry.dilation_w + 1,
+                              geometry.pad_left + geometry.width)) {
+    const int64_t tile = int64_t{kTilePixels} * kernel.nr, scales = depth.groups * kernel.nr;
+    const int64_t columns = row_columns_ * column_ * expanded.quads() * images.planes();
+    scratch.reserve(Scratch::bytes<int32_t>(tile * kMaxPlanes) * 2 +
+                    Scratch::bytes<int32_t>(tile * kMaxPlanes) + 2 * Scratch::bytes<float>(tile) +
+                    Scratch::bytes<double>(tile) + 2 * Scratch::bytes<float>(scales) +
+                    Scratch::bytes<int32_t>(kTilePixels * kMaxPlanes) +
+                    Scratch::bytes<float>(kTilePixels) + Scratch::bytes<int8_t>(columns) +
+                    Scratch::bytes<int8_t>(geometry.width * images.pitch()));
     acc_ = scratch.take<int32_t>(tile * kMaxPlanes);
     sums_ = scratch.take<int32_t>(tile * kMaxPlanes);
     value_ = scratch.take<float>(tile);
@@ -34,64 +77,67 @@ class Depthwise {
     wide_ = scratch.take<double>(tile);
     group_scale_ = scratch.take<float>(scales);
     group_zero_ = scratch.take<float>(scales);
-    no_offset_ = scratch.take<int32_t>(rows);
+    no_offset_ = scratch.take<int32_t>(kTilePixels * kMaxPlanes);
     row_scale_ = scratch.take<float>(kTilePixels);
-    pointers_ = scratch.take<const int8_t*>(rows * taps_);
-    std::fill_n(no_offset_, rows, 0);
+    columns_ = scratch.take<int8_t>(columns);
+    zero_row_ = scratch.take<int8_t>(geometry.width * images.pitch());
+    std::fill_n(no_offset_, kTilePixels * kMaxPlanes, 0);
+    std::memset(columns_, 0, static_cast<size_t>(columns));  // the margins stay zero
+    std::memset(zero_row_, 0, static_cast<size_t>(geometry.width * images.pitch()));
   }
 
-  void run(int64_t image, int64_t first, int64_t count, float* y) {
+  void run(int64_t image, int64_t begin, int64_t end, float* y) {
     const Conv2dGeometry& g = geometry_;
     std::fill_n(row_scale_, kTilePixels, images_.scale(image));
-    for (int64_t at = first; at < first + count; at += kTilePixels) {
-      const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, first + count - at));
-      point_taps(image, at, pixels);
+    for (int64_t row = begin; row < end; ++row, y += g.out_width * g.out_channels) {
+      make_columns(image, row * g.stride_h - g.pad_top);
       for (int64_t c = 0; c < g.out_channels; c += kernel_.nr) {
         const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
-        const float* f = channels(c, cols, pixels);
-        kernel_.finish(pixels, cols, f, row_scale_, weights_.scale + c,
-                       weights_.bias ? weights_.bias + c : nullptr,
-                       y + (at - first) * g.out_channels + c, g.out_channels);
+        expand_scales(c, cols);
+        for (int64_t x = 0; x < g.out_width; x += kTilePixels) {
+          const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, g.out_width - x));
+          const float* f = channels(x, c, cols, pixels);
+          kernel_.finish(pixels, cols, f, row_scale_, weights_.scale + c,
+                         weights_.bias ? weights_.bias + c : nullptr, y + x * g.out_channels + c,
+                         g.out_channels);
+        }
       }
     }
   }
 
  private:
-  // Where the taps of each row (pixel, plane) lie; outside the image they are zeros.
-  void point_taps(int64_t image, int64_t first, int pixels) {
+  // The columns of the image's rows from `top`, for each plane and quad; rows outside the image are
+  // zeros.
+  void make_columns(int64_t image, int64_t top) {
     const Conv2dGeometry& g = geometry_;
-    const int8_t** tap = pointers_;
-    for (int i = 0; i < pixels; ++i) {
-      const int64_t top = (first + i) / g.out_width * g.stride_h - g.pad_top;
-      const int64_t left = (first + i) % g.out_width * g.stride_w - g.pad_left;
-      for (int plane = 0; plane < images_.planes(); ++plane) {
-        const int8_t** end = tap + taps_;
-        for (int64_t ky = 0; ky < g.kernel_h; ++ky)
-          for (int64_t kx = 0; kx < g.kernel_w; ++kx)
-            *tap++ = images_.pixel(image, plane, top + ky * g.dilation_h, left + kx * g.dilation_w);
-        std::fill(tap, end, images_.zeros());
-        tap = end;
+    int8_t* out = columns_ + g.pad_left * column_;
+    for (int plane = 0; plane < images_.planes(); ++plane)
+      for (int q = 0; q < expanded_.quads(); ++q, out += row_columns_ * column_) {
+        const int8_t* rows[4];
+        for (int64_t j = 0; j < 4; ++j) {
+          const int64_t ky = 4 * q + j, y = top + ky * g.dilation_h;
+          const bool inside = ky < g.kernel_h && y >= 0 && y < g.height;
+          rows[j] = inside ? images_.pixel(image, plane, y, 0) : zero_row_;
+        }
+        kernel_.interleave4(rows, g.width * images_.pitch(), out);
       }
-    }
   }
 
-  const float* channels(int64_t c, int cols, int pixels) {
-    const int panels = (cols + kPanel - 1) / kPanel;
-    if (weights_.group_scale) {
+  void expand_scales(int64_t c, int cols) {
+    if (weights_.group_scale)
       kernel_.expand_groups(weights_.group_scale + c * depth_.groups, cols, depth_.groups,
                             group_scale_);
-      std::memset(total_, 0, sizeof(float) * static_cast<size_t>(pixels * kernel_.nr));
-    }
     if (weights_.group_zero)
       kernel_.expand_groups(weights_.group_zero + c * depth_.groups, cols, depth_.groups,
                             group_zero_);
+  }
+
+  // The sums of a tile as floats, groups combined.
+  const float* channels(int64_t x, int64_t c, int cols, int pixels) {
+    if (weights_.group_scale)
+      std::memset(total_, 0, sizeof(float) * static_cast<size_t>(pixels * kernel_.nr));
     for (int64_t group = 0; group < depth_.groups; ++group) {
-      const Depth::Chunk chunk = depth_.chunk(group, 0);
-      kernel_.depthwise[traits_.width_index()](
-          pixels * images_.planes(), pointers_ + chunk.k, taps_, c,
-          weights_.packed + (c / kPanel * depth_.steps + chunk.step) * kVectorBytes,
-          depth_.steps * kVectorBytes, panels, chunk.steps, traits_.shift(), traits_.add, acc_,
-          sums_);
+      integers(x, c, cols, pixels, group);
       to_float(pixels, acc_);
       if (!weights_.group_scale) return value_;
       kernel_.madd(pixels, group_scale_ + group * kernel_.nr, value_, total_);
@@ -102,11 +148,25 @@ class Depthwise {
     return total_;
   }
 
+  void integers(int64_t x, int64_t c, int cols, int pixels, int64_t group) {
+    const Conv2dGeometry& g = geometry_;
+    const int panels = (cols + kPanel - 1) / kPanel;
+    const int64_t quad = row_columns_ * column_;
+    for (int plane = 0; plane < images_.planes(); ++plane) {
+      const int64_t at = plane * int64_t{kTilePixels} * kernel_.nr;
+      kernel_.depthwise[traits_.bits == 8 ? 0 : 1](
+          pixels, columns_ + plane * expanded_.quads() * quad + x * g.stride_w * column_ + c * 4,
+          g.stride_w * column_, static_cast<int>(g.kernel_w), g.dilation_w * column_,
+          expanded_.quads(), quad, expanded_.codes(group, c / kPanel), expanded_.stride(),
+          expanded_.counted(group), panels, traits_.shift(), traits_.add, acc_ + at, sums_ + at);
+    }
+  }
+
   // value_ = exact integers of both planes, rounded to float once.
   void to_float(int pixels, const int32_t* v) {
     if (images_.planes() == 1) return kernel_.to_float(pixels, v, 0, no_offset_, value_);
-    std::memset(wide_, 0, sizeof(double) * static_cast<size_t>(pixels * kernel_.nr));
-    kernel_.widen(pixels, images_.planes(), v, 0, no_offset_, wide_);
+    const int64_t size = int64_t{pixels} * kernel_.nr, lo = int64_t{kTilePixels} * kernel_.nr;
+    for (int64_t i = 0; i < size; ++i) wide_[i] = 256.0 * v[i] + v[lo + i];
     kernel_.narrow(pixels, wide_, value_);
   }
 
@@ -114,22 +174,24 @@ class Depthwise {
   const Conv2dGeometry& geometry_;
   const Weights& weights_;
   const Depth& depth_;
+  const DepthwiseWeights& expanded_;
   const Images& images_;
   const FormatTraits& traits_;
-  const int64_t taps_;  // of a row, those that only fill the last step included
+  const int64_t column_;       // bytes
+  const int64_t row_columns_;  // columns of an output row, margins included
   int32_t *acc_, *sums_, *no_offset_;
   float *value_, *total_, *group_scale_, *group_zero_, *row_scale_;
   double* wide_;
-  const int8_t** pointers_;
+  int8_t *columns_, *zero_row_;
 };
 
 }  // namespace
 
 void depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
-               const Depth& depth, const Images& images, int64_t image, int64_t first,
-               int64_t count, float* y) {
+               const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
+               int64_t image, int64_t begin, int64_t end, float* y) {
   static thread_local Scratch scratch;
-  Depthwise(kernel, geometry, weights, depth, images, scratch).run(image, first, count, y);
+  Depthwise(kernel, geometry, weights, depth, expanded, images, scratch).run(image, begin, end, y);
 }
 
 }  // namespace lowbit

@@ -1,15 +1,38 @@
-// Depthwise convolution: every channel has its own taps, so a step multiplies 16 channels by 4 taps
-// each.
+// Depthwise convolution: every channel has its own taps.
+//
+// Four rows of the image are interleaved to *columns* (16 channels x 4 rows are one 64-byte
+// vector), once for an output row; a column then meets the weights of each tap of the kernel's
+// width by one dot product of four rows.
 #pragma once
 
 #include "images.h"
 
 namespace lowbit {
 
-// Output pixels [first, first + count) of an image, all channels, to y [pixels of all
-// images][out_channels].
+// The weights for that: for each group of K, tap across and quad of rows, the codes as bytes. Made
+// anew at each call (they are small), in `scratch`, which must outlive it.
+class DepthwiseWeights {
+ public:
+  DepthwiseWeights(const Conv2dGeometry& geometry, const Weights& weights, const Depth& depth,
+                   Scratch& scratch);
+
+  int quads() const { return quads_; }
+  ptrdiff_t stride() const { return panels_ * kVectorBytes; }  // from a (tap, quad) to the next
+  const uint8_t* codes(int64_t group, int64_t panel) const {
+    return codes_ + (group * taps_ * quads_ * panels_ + panel) * kVectorBytes;
+  }
+  const int8_t* counted(int64_t group) const { return counted_ + group * taps_ * quads_ * 4; }
+
+ private:
+  int quads_;
+  int64_t taps_, panels_;
+  uint8_t* codes_;
+  int8_t* counted_;
+};
+
+// Output rows [begin, end) of an image, all channels, to y [rows][out_width][out_channels].
 void depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
-               const Depth& depth, const Images& images, int64_t image, int64_t first,
-               int64_t count, float* y);
+               const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
+               int64_t image, int64_t begin, int64_t end, float* y);
 
 }  // namespace lowbit

@@ -35,7 +35,6 @@ class Images {
                words_;
   }
 
-  const int8_t* zeros() const { return zeros_; }  // a pixel's worth
   bool use_bits() const { return bits_ != nullptr; }
   int planes() const { return planes_; }
   int64_t pitch() const { return pitch_; }  // bytes from a pixel's codes to the next one's

@@ -27,13 +27,18 @@ struct Kernel {
   void (*xnor)(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
                ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
 
-  // Depthwise: channel c of row r has its own activations; tap t of it lies at taps[r * tap_stride
-  // + t][c]. sums[r][c] = sum over the taps of the activation; acc[r][c] = (sum of code *
-  // activation << shift) + add * sums[r][c], for the channels [channel, channel + 16 * panels).
-  // Whole panels are read.
-  void (*depthwise[4])(int rows, const int8_t* const* taps, ptrdiff_t tap_stride, int64_t channel,
-                       const uint8_t* w, ptrdiff_t panel_stride, int panels, int64_t steps,
-                       int shift, int add, int32_t* acc, int32_t* sums);
+  // Depthwise, on columns: a column is a pixel's channels, four bytes each, from four rows of the
+  // image. Pixel i, tap t, quad q (rows 4q..4q+3 of the kernel) reads columns + i * pixel_stride +
+  // t * tap_stride + q * quad_stride, and the codes at w + (t * quads + q) * w_stride; `counted`
+  // has 4 bytes a (t, q): 1 for the rows that count, else 0. sums[i][c] = sum of the activations
+  // that count; acc[i][c] = (sum of code * activation << shift) + add * sums[i][c]. Index: 0 for
+  // codes of 8 bits, 1 for fewer.
+  void (*depthwise[2])(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
+                       ptrdiff_t tap_stride, int quads, ptrdiff_t quad_stride, const uint8_t* w,
+                       ptrdiff_t w_stride, const int8_t* counted, int panels, int shift, int add,
+                       int32_t* acc, int32_t* sums);
+  // out[4 * i + j] = rows[j][i] for i < count, a multiple of 16.
+  void (*interleave4)(const int8_t* const* rows, int64_t count, int8_t* out);
 
   // Activations.
   uint32_t (*amax_bits)(const float* x,

@@ -1,5 +1,6 @@
 """Low-bit inference for PyTorch models on CPUs: INT8, INT4, INT2, ternary and binary weights.
 
+Examples:
     qmodel = lowbit.quantize(model, "w4a8")      # a quantized copy
     report = lowbit.quantize_(model, "w8a8")     # in place; the account of every layer
     lowbit.compare(model, ["w8a8", "w4a8"], x)   # speed, size and quality, side by side
@@ -13,12 +14,13 @@ from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.info import cpu_info
 from lowbit.report import Report, summary
 from lowbit.schemes import RECIPES, Scheme
-from lowbit.serialize import load_file, save_file
+from lowbit.serialize import FileFormatError, load_file, save_file
 
 __version__: str = _core.build_info()["version"]
 
 __all__ = [
     "RECIPES",
+    "FileFormatError",
     "Report",
     "Scheme",
     "__version__",

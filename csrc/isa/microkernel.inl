@@ -131,42 +131,43 @@ void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch
   });
 }
 
-template <int B, int P>
-inline void depthwise_planes(Reg (&acc)[kRegs], Reg (&sum)[kRegs], const Reg (&x)[kRegs],
-                             const int8_t* const* taps, int64_t channel) {
-  Reg a[kRegs];
-  interleave(taps[4 * P] + channel, taps[4 * P + 1] + channel, taps[4 * P + 2] + channel,
-             taps[4 * P + 3] + channel, a);
-  LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
-    acc[i] = dot<B>(acc[i], unpack<B, P>(x[i]), a[i]);
-    sum[i] = dot<1>(sum[i], ones(), a[i]);
-  }
-  if constexpr (P + 1 < 8 / B) depthwise_planes<B, P + 1>(acc, sum, x, taps, channel);
-}
-
 template <int B>
-void depthwise_any(int rows, const int8_t* const* taps, ptrdiff_t tap_stride, int64_t channel,
-                   const uint8_t* w, ptrdiff_t panel_stride, int panels, int64_t steps, int shift,
-                   int add, int32_t* acc, int32_t* sums) {
-  for (int r = 0; r < rows; ++r) {
+void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
+                   ptrdiff_t tap_stride, int quads, ptrdiff_t quad_stride, const uint8_t* w,
+                   ptrdiff_t w_stride, const int8_t* counted, int panels, int shift, int add,
+                   int32_t* acc, int32_t* sums) {
+  for (int i = 0; i < pixels; ++i, columns += pixel_stride, acc += kNr, sums += kNr) {
     for (int p = 0; p < panels; ++p) {
       Reg a[kRegs], s[kRegs];
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) a[i] = s[i] = zero();
-      for (int64_t step = 0; step < steps; ++step) {
-        Reg x[kRegs];
-        LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[i] =
-            load(w + p * panel_stride + step * kVectorBytes + i * kRegBytes);
-        depthwise_planes<B, 0>(a, s, x, taps + r * tap_stride + step * (32 / B),
-                               channel + p * kPanel);
+      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) a[r] = s[r] = zero();
+      for (int t = 0; t < taps; ++t) {
+        for (int q = 0; q < quads; ++q) {
+          const int at = t * quads + q;
+          const int8_t* column = columns + t * tap_stride + q * quad_stride + p * kVectorBytes;
+          const uint8_t* codes = w + at * w_stride + p * kVectorBytes;
+          const Reg ones = broadcast(counted + 4 * at);
+          LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
+            const Reg x = load(reinterpret_cast<const uint8_t*>(column) + r * kRegBytes);
+            a[r] = dot<B>(a[r], load(codes + r * kRegBytes), x);
+            s[r] = dot<1>(s[r], ones, x);
+          }
+        }
       }
-      int32_t* acc_out = acc + r * kNr + p * kPanel;
-      int32_t* sums_out = sums + r * kNr + p * kPanel;
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
-        store(acc_out + i * (kRegBytes / 4), a[i]);
-        store(sums_out + i * (kRegBytes / 4), s[i]);
+      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
+        store(acc + p * kPanel + r * (kRegBytes / 4), a[r]);
+        store(sums + p * kPanel + r * (kRegBytes / 4), s[r]);
       }
-      for (int c = 0; c < kPanel; ++c) acc_out[c] = affine(acc_out[c], shift, add * sums_out[c]);
     }
+    for (int c = 0; c < panels * kPanel; ++c) acc[c] = affine(acc[c], shift, add * sums[c]);
+  }
+}
+
+void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    Reg v[kRegs];
+    interleave(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, v);
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
+        store(reinterpret_cast<int32_t*>(out + 4 * i) + r * (kRegBytes / 4), v[r]);
   }
 }
 
