@@ -20,6 +20,7 @@ double now() {
 // The best rate of short rounds within a budget: a ceiling is what the machine can do undisturbed.
 template <class Round>
 double best_rate(double seconds, Round round) {
+  if (!(seconds > 0)) throw std::invalid_argument("a probe needs more than 0 seconds");
   double best = 0;
   const double end = now() + seconds;
   do {

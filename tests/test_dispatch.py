@@ -266,6 +266,9 @@ def test_read_bandwidth_measures_something(isa):
     "call",
     [
         lambda: _core.probe("sqrt", 0.001),
+        lambda: _core.probe("dot", -1.0),
+        lambda: _core.probe("dot", float("nan")),
+        lambda: _core.read_bandwidth(1 << 16, 1, -1.0),
         lambda: _core.read_bandwidth(-1, 1, 0.001),
         lambda: _core.read_bandwidth(1 << 16, 0, 0.001),
     ],

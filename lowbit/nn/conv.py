@@ -136,13 +136,14 @@ class Conv2d(QuantizedLayer):
             conv.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
         return conv.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] or [C, H, W] -> the same with the output's channels and size.
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, C, H, W] or [C, H, W] -> the same with the output's channels and size.
 
         Raises:
             TypeError, ValueError, RuntimeError: an input that no float layer would take either,
                 or that is not on the CPU, or that wants gradients while the layer is training.
         """
+        x = input
         if torch.compiler.is_compiling() or not runs_directly(x):
             return self._dispatch(x)
         if x.requires_grad:

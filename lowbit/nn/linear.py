@@ -81,13 +81,14 @@ class Linear(QuantizedLayer):
             linear.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
         return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], same dtype.
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> [..., out_features], same dtype.
 
         Raises:
             TypeError, ValueError, RuntimeError: an input that no float layer would take either,
                 or that is not on the CPU, or that wants gradients while the layer is training.
         """
+        x = input
         if torch.compiler.is_compiling() or not runs_directly(x):
             return self._dispatch(x)
         if x.requires_grad:
