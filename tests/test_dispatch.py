@@ -272,7 +272,7 @@ def test_read_bandwidth_measures_something(isa):
         lambda: _core.read_bandwidth(-1, 1, 0.001),
         lambda: _core.read_bandwidth(1 << 16, 0, 0.001),
     ],
-    ids=["unknown", "bytes", "threads"],
+    ids=["unknown", "negative", "nan", "no-time", "bytes", "threads"],
 )
 def test_probes_refuse_what_they_cannot_measure(call):
     with pytest.raises(ValueError, match=r"\w"):
