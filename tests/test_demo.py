@@ -74,17 +74,17 @@ def test_folding_the_batch_norms_changes_nothing(model, views):
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda photo: photo.name)
 def test_float32_names_what_is_in_the_photograph(model, views, photo):
-    assert predict(model, photo, views[photo.name]).fits
+    assert predict(model, {photo.name: views[photo.name]})[photo.name].fits
 
 
 def test_int8_sees_the_same(model, views):
     quantized = lowbit.quantize(model, "w8a8")
     assert not lowbit.summary(quantized).kept
-    for photo in PHOTOS:
-        expected = predict(model, photo, views[photo.name])
-        seen = predict(quantized, photo, views[photo.name])
-        assert seen.label == expected.label
-        assert seen.probability == pytest.approx(expected.probability, abs=0.15)
+    expected, actual = predict(model, views), predict(quantized, views)
+    assert list(expected) == list(actual) == [photo.name for photo in PHOTOS]
+    for name, seen in actual.items():
+        assert seen.label == expected[name].label
+        assert seen.probability == pytest.approx(expected[name].probability, abs=0.15)
 
 
 def test_whole_demo(monkeypatch):
@@ -96,6 +96,8 @@ def test_whole_demo(monkeypatch):
     assert list(demo.reports) == [*schemes, MIXED]
     assert list(demo.predictions) == ["float32", *schemes, MIXED]
     assert stages[0] == "loading the network"
+    assert demo.comparison.batch_size == 1
+    assert demo.comparison["w8a8"].quality.rows == 12
 
     text = str(demo)
     assert "espresso" in text
@@ -105,6 +107,7 @@ def test_whole_demo(monkeypatch):
     (verdict,) = (line for line in text.splitlines() if line.startswith("  w1a8    loses"))
     assert "0 % of the views" in verdict
     assert any(line.startswith("  w8a8    keeps") for line in text.splitlines())
+    assert "The quickest that keeps it, w8a8:" in text
     assert "plain rounding loses a trained network" in text
 
     data = json.loads(json.dumps(demo.to_dict()))

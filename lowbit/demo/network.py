@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lowbit.demo.packages import check_packages
-from lowbit.demo.photographs import Photo, class_names
+from lowbit.demo.photographs import PHOTOS, class_names
 
 
 def load_model() -> nn.Module:
@@ -67,9 +67,16 @@ class Prediction:
     fits: bool
 
 
-def predict(model: nn.Module, photo: Photo, views: torch.Tensor) -> Prediction:
-    """The top-1 class of a photograph's first view."""
+def predict(model: nn.Module, views: dict[str, torch.Tensor]) -> dict[str, Prediction]:
+    """The top-1 class of the first view of each photograph of `PHOTOS` that `views` has."""
+    names = class_names()
+    photos = [photo for photo in PHOTOS if photo.name in views]
+    batch = torch.cat([views[photo.name][:1] for photo in photos])
     with torch.inference_mode():
-        probability, index = model(views[:1]).softmax(dim=1)[0].max(dim=0)
-    label = class_names()[int(index)]
-    return Prediction(label, float(probability), label in photo.classes)
+        probabilities, indices = model(batch).softmax(dim=1).max(dim=1)
+    return {
+        photo.name: Prediction(names[index], probability, names[index] in photo.classes)
+        for photo, index, probability in zip(
+            photos, indices.tolist(), probabilities.tolist(), strict=True
+        )
+    }

@@ -11,7 +11,6 @@ from tabulate import tabulate
 
 from lowbit.comparison import Comparison
 from lowbit.demo.network import Prediction
-from lowbit.demo.photographs import PHOTOS
 from lowbit.demo.schemes import MIXED_RECIPE
 from lowbit.report import Report
 
@@ -43,7 +42,10 @@ class Demo:
 
     def __str__(self) -> str:
         accounts = "\n".join(account(name, report) for name, report in self.reports.items())
-        views = f"{self.comparison.batches} views of {len(PHOTOS)} photographs, channels_last"
+        quality = self.comparison[next(iter(self.reports))].quality
+        assert quality is not None  # only float32 has none
+        photos = len(self.predictions["float32"])
+        views = f"{quality.rows} views of {photos} photographs, channels_last"
         return "\n\n".join(
             [
                 "What the network sees: its first guess, how sure it is (* differs from float32)",
@@ -114,6 +116,27 @@ def agreement(demo: Demo, name: str) -> float:
     return quality.top1_agreement
 
 
+def speed(demo: Demo) -> str:
+    """The quickest width that keeps the network, against float32 and torch INT8, in one sentence."""
+    rows = [demo.comparison[name] for name in demo.reports if agreement(demo, name) >= KEEPS]
+    timed = {row.timing.p50: row for row in rows if row.timing and row.speedup}
+    if not timed:
+        return "No width keeps this network."
+    row = timed[min(timed)]
+    assert row.speedup is not None  # by the choice above
+    words = (
+        f"The quickest that keeps it, {row.name}: {row.speedup.median:.2f} times float32's speed"
+    )
+    if row.speedup_over_torch is not None:
+        words += f", {row.speedup_over_torch.median:.2f} times torch INT8's"
+        quality = demo.comparison["torch int8"].quality
+        if quality is not None and quality.top1_agreement is not None:
+            words += (
+                f"\n  (which has float32's first guess on {100 * quality.top1_agreement:.0f} %)"
+            )
+    return words + "."
+
+
 def verdicts(demo: Demo) -> Iterator[str]:
     """What each width does to this network, in plain words, computed from the results."""
     for name in demo.reports:
@@ -124,6 +147,7 @@ def verdicts(demo: Demo) -> Iterator[str]:
             f"  {name:<7} {word} the network: float32's first guess on {100 * share:.0f} % of the "
             f"views, right on {sum(p.fits for p in seen)} of {len(seen)} photographs"
         )
+    yield f"\n  {speed(demo)}"
     lost = [name for name in demo.reports if agreement(demo, name) < LOSES]
     if lost:
         yield (
