@@ -107,7 +107,7 @@ def test_whole_demo(monkeypatch):
     (verdict,) = (line for line in text.splitlines() if line.startswith("  w1a8    loses"))
     assert "0 % of the views" in verdict
     assert any(line.startswith("  w8a8    keeps") for line in text.splitlines())
-    assert "The quickest that keeps it, w8a8:" in text
+    assert "w8a8 is the quickest that keeps it:" in text
     assert "plain rounding loses a trained network" in text
 
     data = json.loads(json.dumps(demo.to_dict()))

@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from lowbit.compare import TORCH_INT8
 from lowbit.comparison import Comparison
 from lowbit.demo.network import Prediction
 from lowbit.demo.schemes import MIXED_RECIPE
@@ -117,24 +118,22 @@ def agreement(demo: Demo, name: str) -> float:
 
 
 def speed(demo: Demo) -> str:
-    """The quickest width that keeps the network, against float32 and torch INT8, in one sentence."""
+    """The quickest width that keeps the network, against float32 and torch INT8."""
     rows = [demo.comparison[name] for name in demo.reports if agreement(demo, name) >= KEEPS]
     timed = {row.timing.p50: row for row in rows if row.timing and row.speedup}
     if not timed:
         return "No width keeps this network."
     row = timed[min(timed)]
     assert row.speedup is not None  # by the choice above
-    words = (
-        f"The quickest that keeps it, {row.name}: {row.speedup.median:.2f} times float32's speed"
-    )
-    if row.speedup_over_torch is not None:
-        words += f", {row.speedup_over_torch.median:.2f} times torch INT8's"
-        quality = demo.comparison["torch int8"].quality
-        if quality is not None and quality.top1_agreement is not None:
-            words += (
-                f"\n  (which has float32's first guess on {100 * quality.top1_agreement:.0f} %)"
-            )
-    return words + "."
+    words = f"{row.name} is the quickest that keeps it: {row.speedup.median:.2f} times as quick as "
+    words += "float32"
+    quality = demo.comparison[TORCH_INT8].quality
+    if row.speedup_over_torch is not None and quality is not None and quality.top1_agreement:
+        words += (
+            f", {row.speedup_over_torch.median:.2f} times as quick as torch INT8,\n  which has "
+            f"float32's first guess on {100 * quality.top1_agreement:.0f} % of the views"
+        )
+    return f"{words}."
 
 
 def verdicts(demo: Demo) -> Iterator[str]:
