@@ -23,8 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import oracle`, from any working directory
 
+import models
 import oracle
 
+import lowbit
 from lowbit import _core
 
 # The same examples in every run: a failure must be reproducible by anyone.
@@ -120,3 +122,12 @@ def _fixed_seeds():
 def rng() -> np.random.Generator:
     """A generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A converted model and its file."""
+    model = lowbit.quantize(models.trained(models.RaggedNet()), "w4a8", overrides={"head": None})
+    path = tmp_path / "model.safetensors"
+    lowbit.save_file(model, path)
+    return model, path
