@@ -8,33 +8,33 @@ namespace lowbit {
 DepthwiseWeights::DepthwiseWeights(const Conv2dGeometry& g, const Weights& weights,
                                    const Depth& depth, Scratch& scratch)
     : quads_(static_cast<int>(ceil_div(g.kernel_h, 4))),
-      taps_(g.kernel_w),
+      places_(g.kernel_w * quads_),
       panels_(packed_panels(g.out_channels)) {
   const FormatTraits& f = traits(weights.format);
-  const int64_t vectors = depth.groups * taps_ * quads_ * panels_;
-  const int64_t counts = depth.groups * taps_ * quads_ * 4;
-  scratch.reserve(Scratch::bytes<uint8_t>(vectors * kVectorBytes) + Scratch::bytes<int8_t>(counts));
-  codes_ = scratch.take<uint8_t>(vectors * kVectorBytes);
-  counted_ = scratch.take<int8_t>(counts);
-  std::memset(codes_, 0, static_cast<size_t>(vectors * kVectorBytes));
-  std::memset(counted_, 0, static_cast<size_t>(counts));
+  const int64_t bytes = depth.groups * places_ * panels_ * kVectorBytes,
+                zeros = depth.groups * places_ * 4;
+  scratch.reserve(Scratch::bytes<uint8_t>(bytes) + Scratch::bytes<int8_t>(zeros));
+  codes_ = scratch.take<uint8_t>(bytes);
+  zeros_ = scratch.take<int8_t>(zeros);
+  std::memset(codes_, 0, static_cast<size_t>(bytes));
+  std::memset(zeros_, 0, static_cast<size_t>(zeros));
 
   const uint32_t mask = (1u << f.bits) - 1;
   for (int64_t group = 0; group < depth.groups; ++group) {
     const Depth::Chunk chunk = depth.chunk(group, 0);
     for (int64_t k = chunk.k; k < chunk.k + chunk.size; ++k) {
       const int64_t ky = k / g.kernel_w, kx = k % g.kernel_w, in = k % f.depth();
-      const int64_t at = (group * taps_ + kx) * quads_ + ky / 4;
+      const int64_t place = group * places_ + kx * quads_ + ky / 4;
       const int from = static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
                 to = static_cast<int>(ky % 4 * 8);
-      counted_[at * 4 + ky % 4] = 1;
+      zeros_[place * 4 + ky % 4] = static_cast<int8_t>(-f.add);  // 128 as an unsigned byte
       for (int64_t panel = 0; panel < panels_; ++panel) {
         const uint8_t* src = weights.packed + (panel * depth.steps + k / f.depth()) * kVectorBytes;
+        uint8_t* dst = codes_ + (place * panels_ + panel) * kVectorBytes;
         uint32_t v[kPanel], out[kPanel];
         std::memcpy(v, src, kVectorBytes);
-        uint8_t* dst = codes_ + (at * panels_ + panel) * kVectorBytes;
         std::memcpy(out, dst, kVectorBytes);
-        for (int c = 0; c < kPanel; ++c) out[c] |= (v[c] >> from & mask) << to;
+        for (int c = 0; c < kPanel; ++c) out[c] |= (v[c] >> from & mask) << f.shift() << to;
         std::memcpy(dst, out, kVectorBytes);
       }
     }
@@ -63,7 +63,8 @@ class Depthwise {
                                   (geometry.kernel_w - 1) * geometry.dilation_w + 1,
                               geometry.pad_left + geometry.width)) {
     const int64_t tile = int64_t{kTilePixels} * kernel.nr, scales = depth.groups * kernel.nr;
-    const int64_t columns = row_columns_ * column_ * expanded.quads() * images.planes();
+    const int64_t quad = row_columns_ * column_,
+                  columns = quad * expanded.quads() * images.planes();
     scratch.reserve(Scratch::bytes<int32_t>(tile * kMaxPlanes) * 2 +
                     Scratch::bytes<int32_t>(tile * kMaxPlanes) + 2 * Scratch::bytes<float>(tile) +
                     Scratch::bytes<double>(tile) + 2 * Scratch::bytes<float>(scales) +
@@ -79,8 +80,12 @@ class Depthwise {
     group_zero_ = scratch.take<float>(scales);
     no_offset_ = scratch.take<int32_t>(kTilePixels * kMaxPlanes);
     row_scale_ = scratch.take<float>(kTilePixels);
+    offsets_ = scratch.take<ptrdiff_t>(expanded.places());
     columns_ = scratch.take<int8_t>(columns);
     zero_row_ = scratch.take<int8_t>(geometry.width * images.pitch());
+    for (int i = 0; i < expanded.places(); ++i)
+      offsets_[i] =
+          i / expanded.quads() * geometry.dilation_w * column_ + i % expanded.quads() * quad;
     std::fill_n(no_offset_, kTilePixels * kMaxPlanes, 0);
     std::memset(columns_, 0, static_cast<size_t>(columns));  // the margins stay zero
     std::memset(zero_row_, 0, static_cast<size_t>(geometry.width * images.pitch()));
@@ -142,6 +147,7 @@ class Depthwise {
       if (!weights_.group_scale) return value_;
       kernel_.madd(pixels, group_scale_ + group * kernel_.nr, value_, total_);
       if (!weights_.group_zero) continue;
+      unscale_sums(pixels);
       to_float(pixels, sums_);
       kernel_.madd(pixels, group_zero_ + group * kernel_.nr, value_, total_);
     }
@@ -150,15 +156,22 @@ class Depthwise {
 
   void integers(int64_t x, int64_t c, int cols, int pixels, int64_t group) {
     const Conv2dGeometry& g = geometry_;
-    const int panels = (cols + kPanel - 1) / kPanel;
-    const int64_t quad = row_columns_ * column_;
+    const int64_t plane_bytes = row_columns_ * column_ * expanded_.quads();
     for (int plane = 0; plane < images_.planes(); ++plane) {
       const int64_t at = plane * int64_t{kTilePixels} * kernel_.nr;
       kernel_.depthwise[traits_.bits == 8 ? 0 : 1](
-          pixels, columns_ + plane * expanded_.quads() * quad + x * g.stride_w * column_ + c * 4,
-          g.stride_w * column_, static_cast<int>(g.kernel_w), g.dilation_w * column_,
-          expanded_.quads(), quad, expanded_.codes(group, c / kPanel), expanded_.stride(),
-          expanded_.counted(group), panels, traits_.shift(), traits_.add, acc_ + at, sums_ + at);
+          pixels, columns_ + plane * plane_bytes + x * g.stride_w * column_ + c * 4,
+          g.stride_w * column_, expanded_.places(), offsets_, expanded_.codes(group, c / kPanel),
+          expanded_.stride(), expanded_.zeros(group), (cols + kPanel - 1) / kPanel, acc_ + at,
+          weights_.group_zero ? sums_ + at : nullptr);
+    }
+  }
+
+  // The microkernel's sums are of zero * activation: exact multiples.
+  void unscale_sums(int pixels) {
+    for (int plane = 0; plane < images_.planes(); ++plane) {
+      int32_t* sums = sums_ + plane * int64_t{kTilePixels} * kernel_.nr;
+      for (int64_t i = 0; i < int64_t{pixels} * kernel_.nr; ++i) sums[i] /= -traits_.add;
     }
   }
 
@@ -182,6 +195,7 @@ class Depthwise {
   int32_t *acc_, *sums_, *no_offset_;
   float *value_, *total_, *group_scale_, *group_zero_, *row_scale_;
   double* wide_;
+  ptrdiff_t* offsets_;
   int8_t *columns_, *zero_row_;
 };
 

@@ -41,8 +41,12 @@ inline constexpr FormatTraits kFormats[] = {
 };
 inline constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);
 
+// Kernels take mul * code and -add of the narrow formats as 4-bit numbers, of int8 as bytes.
 #define X(name, bits, mul, add)                                                               \
   static_assert((mul == 1 || mul == 2) && (bits == 8 || bits == 4 || bits == 2 || bits == 1), \
+                "format " #name);                                                             \
+  static_assert(-(add) >= 1 && -(add) <= (bits == 8 ? 128 : 15) &&                            \
+                    mul * ((1 << bits) - 1) <= (bits == 8 ? 255 : 15),                        \
                 "format " #name);
 LOWBIT_FORMATS(X)
 #undef X

@@ -28,15 +28,14 @@ struct Kernel {
                ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
 
   // Depthwise, on columns: a column is a pixel's channels, four bytes each, from four rows of the
-  // image. Pixel i, tap t, quad q (rows 4q..4q+3 of the kernel) reads columns + i * pixel_stride +
-  // t * tap_stride + q * quad_stride, and the codes at w + (t * quads + q) * w_stride; `counted`
-  // has 4 bytes a (t, q): 1 for the rows that count, else 0. sums[i][c] = sum of the activations
-  // that count; acc[i][c] = (sum of code * activation << shift) + add * sums[i][c]. Index: 0 for
-  // codes of 8 bits, 1 for fewer.
+  // image. Pixel i reads, for each of `taps` places in the kernel (across, and by four rows),
+  // columns + i * pixel_stride + offsets[t], codes at w + t * w_stride and four bytes of `zeros`,
+  // the zero points. acc[i][c] = sum of (code - zero) * activation, sums[i][c] = sum of zero *
+  // activation (sums null: not wanted). Index: 0 for codes of 8 bits, 1 for codes and zero points
+  // of at most 4.
   void (*depthwise[2])(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                       ptrdiff_t tap_stride, int quads, ptrdiff_t quad_stride, const uint8_t* w,
-                       ptrdiff_t w_stride, const int8_t* counted, int panels, int shift, int add,
-                       int32_t* acc, int32_t* sums);
+                       const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
+                       const int8_t* zeros, int panels, int32_t* acc, int32_t* sums);
   // out[4 * i + j] = rows[j][i] for i < count, a multiple of 16.
   void (*interleave4)(const int8_t* const* rows, int64_t count, int8_t* out);
 

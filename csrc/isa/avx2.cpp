@@ -56,6 +56,7 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   }
 }
 
+inline Reg sub(Reg a, Reg b) { return _mm256_sub_epi32(a, b); }
 inline Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm256_and_si256(a, b); }
 

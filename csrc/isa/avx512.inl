@@ -38,6 +38,7 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   return _mm512_dpbusd_epi32(acc, u, a);
 }
 
+inline Reg sub(Reg a, Reg b) { return _mm512_sub_epi32(a, b); }
 inline Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm512_and_si512(a, b); }
 

@@ -8,7 +8,7 @@
 //   unpack<B, P>(v)         bit field P (B bits wide) of every byte
 //   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
 //   popcount_add(acc, v)    acc[lane] += bits set in the lane
-//   bit_xor(a, b) bit_and(a, b)
+//   bit_xor(a, b) bit_and(a, b) sub(a, b): the last on lanes
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
 //   FloatReg, float_ones(), fmadd(a, b, c), opaque_float(v): for the float32 ceiling alone
 //
@@ -131,35 +131,55 @@ void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch
   });
 }
 
-template <int B>
-void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                   ptrdiff_t tap_stride, int quads, ptrdiff_t quad_stride, const uint8_t* w,
-                   ptrdiff_t w_stride, const int8_t* counted, int panels, int shift, int add,
-                   int32_t* acc, int32_t* sums) {
-  for (int i = 0; i < pixels; ++i, columns += pixel_stride, acc += kNr, sums += kNr) {
-    for (int p = 0; p < panels; ++p) {
-      Reg a[kRegs], s[kRegs];
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) a[r] = s[r] = zero();
-      for (int t = 0; t < taps; ++t) {
-        for (int q = 0; q < quads; ++q) {
-          const int at = t * quads + q;
-          const int8_t* column = columns + t * tap_stride + q * quad_stride + p * kVectorBytes;
-          const uint8_t* codes = w + at * w_stride + p * kVectorBytes;
-          const Reg ones = broadcast(counted + 4 * at);
-          LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
-            const Reg x = load(reinterpret_cast<const uint8_t*>(column) + r * kRegBytes);
-            a[r] = dot<B>(a[r], load(codes + r * kRegBytes), x);
-            s[r] = dot<1>(s[r], ones, x);
-          }
-        }
-      }
+// N: the number of taps, so that their weights stay in registers over the pixels; 0: any number.
+template <int B, int N>
+void depthwise_panel(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
+                     const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
+                     const int8_t* zeros, int32_t* acc, int32_t* sums) {
+  Reg codes[N ? N : 1][kRegs], zero_points[N ? N : 1];
+  const auto weights_of = [&](int t, Reg(&c)[kRegs], Reg& z) {
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) c[r] = load(w + t * w_stride + r * kRegBytes);
+    z = broadcast(zeros + 4 * t);
+  };
+  if constexpr (N > 0)
+    LOWBIT_UNROLL for (int t = 0; t < N; ++t) weights_of(t, codes[t], zero_points[t]);
+  for (int i = 0; i < pixels; ++i, columns += pixel_stride, acc += kNr) {
+    Reg a[kRegs], s[kRegs];
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) a[r] = s[r] = zero();
+    const auto add_tap = [&](int t, const Reg(&c)[kRegs], const Reg& z) {
+      const uint8_t* column = reinterpret_cast<const uint8_t*>(columns + offsets[t]);
       LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
-        store(acc + p * kPanel + r * (kRegBytes / 4), a[r]);
-        store(sums + p * kPanel + r * (kRegBytes / 4), s[r]);
+        const Reg x = load(column + r * kRegBytes);
+        a[r] = dot<B>(a[r], c[r], x);
+        s[r] = dot<B>(s[r], z, x);
+      }
+    };
+    if constexpr (N > 0) {
+      LOWBIT_UNROLL for (int t = 0; t < N; ++t) add_tap(t, codes[t], zero_points[t]);
+    } else {
+      for (int t = 0; t < taps; ++t) {
+        weights_of(t, codes[0], zero_points[0]);
+        add_tap(t, codes[0], zero_points[0]);
       }
     }
-    for (int c = 0; c < panels * kPanel; ++c) acc[c] = affine(acc[c], shift, add * sums[c]);
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(acc + r * (kRegBytes / 4), sub(a[r], s[r]));
+    if (sums) {
+      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(sums + r * (kRegBytes / 4), s[r]);
+      sums += kNr;
+    }
   }
+}
+
+template <int B>
+void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
+                   const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
+                   const int8_t* zeros, int panels, int32_t* acc, int32_t* sums) {
+  const auto run = taps == 3    ? depthwise_panel<B, 3>   // 3 x 3
+                   : taps == 10 ? depthwise_panel<B, 10>  // 5 x 5
+                                : depthwise_panel<B, 0>;
+  for (int p = 0; p < panels; ++p)
+    run(pixels, columns + p * kVectorBytes, pixel_stride, taps, offsets, w + p * kVectorBytes,
+        w_stride, zeros, acc + p * kPanel, sums ? sums + p * kPanel : nullptr);
 }
 
 void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {

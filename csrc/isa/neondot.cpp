@@ -57,6 +57,7 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   }
 }
 
+inline Reg sub(Reg a, Reg b) { return vsubq_s32(a, b); }
 inline Reg bit_xor(Reg a, Reg b) { return veorq_s32(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return vandq_s32(a, b); }
 inline Reg popcount_add(Reg acc, Reg v) {

@@ -63,6 +63,11 @@ inline Reg dot(const Reg& acc, const Reg& u, const Reg& a) {
   return out;
 }
 
+inline Reg sub(const Reg& a, const Reg& b) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] - b.lane[i];
+  return v;
+}
 inline Reg bit_xor(const Reg& a, const Reg& b) {
   Reg v;
   for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] ^ b.lane[i];
