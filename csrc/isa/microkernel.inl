@@ -131,6 +131,18 @@ void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch
   });
 }
 
+int32_t sum_codes(const int8_t* q, int64_t n) {
+  Reg acc = zero();
+  int64_t i = 0;
+  for (; i + kRegBytes <= n; i += kRegBytes)
+    acc = dot<1>(acc, ones(), load(reinterpret_cast<const uint8_t*>(q + i)));
+  int32_t lanes[kRegBytes / 4], s = 0;
+  store(lanes, acc);
+  for (int32_t lane : lanes) s += lane;
+  for (; i < n; ++i) s += q[i];
+  return s;
+}
+
 // N: the number of taps, so that their weights stay in registers over the pixels; 0: any number.
 template <int B, int N>
 void depthwise_panel(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,

@@ -67,12 +67,6 @@ void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
   }
 }
 
-int32_t sum_codes(const int8_t* q, int64_t n) {
-  int32_t s = 0;
-  for (int64_t i = 0; i < n; ++i) s += q[i];
-  return s;
-}
-
 void to_float(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f) {
   for (int r = 0; r < rows; ++r, acc += kNr, f += kNr)
     for (int c = 0; c < kNr; ++c) f[c] = static_cast<float>(affine(acc[c], shift, offset[r]));
