@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from lowbit.timing import Timing, alternate, ratio
 
 MAX_COPIES = 256
 """Copies of one layer at most; a layer so small that this is not enough is timed from the cache."""
+
+
+SPIN_SECONDS = 0.01
+"""How long to wait for the threads of another engine's pool to go to sleep."""
 
 
 def measure(
@@ -63,16 +68,42 @@ def measure(
             del found, forwards  # they hold the copies of the weights
         timings: dict[str, Timing] = {}
         if sides:
+            calls = _calls_per_round(sides)
             timings = alternate(
-                sides,
+                _settled(sides, calls) if ceilings.threads > 1 else sides,
                 budget_seconds=budget_seconds,
                 min_rounds=min_rounds,
-                calls_per_round=_calls_per_round(sides),
+                calls_per_round=calls,
             )
     sides.clear()
     gc.collect()
     rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
     return Group(case.op, case.shape, case.m, ceilings, rotate_bytes, rows, failed)
+
+
+def _settled(sides: dict[str, Callable[[], Any]], calls: int) -> dict[str, Callable[[], Any]]:
+    """The same sides, each after a pause and an untimed call of its own.
+
+    Threads of an engine go on spinning for milliseconds after its call, and would take the cores
+    from the next one; after the pause the untimed call wakes that one's threads, as the layer
+    before does in a model. `calls` is how often every side is called in a round.
+    """
+
+    def settle(call: Callable[[], Any]) -> Callable[[], Any]:
+        count = itertools.count()
+
+        def pause_and_call() -> None:
+            if next(count) % calls == 0:  # once in a round
+                time.sleep(SPIN_SECONDS)
+                call()
+
+        return pause_and_call
+
+    settled: dict[str, Callable[[], Any]] = {}
+    for name, call in sides.items():
+        settled[f"before {name}"] = settle(call)
+        settled[name] = call
+    return settled
 
 
 def _calls_per_round(sides: dict[str, Callable[[], Any]]) -> int:

@@ -7,6 +7,8 @@ fly to int8. A width that the installed release does not have is reported as fai
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,30 +24,33 @@ _WIDTHS = {"i8": 8, "u4": 4, "u2": 2}
 
 
 def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
-    groups = layer.out_features * -(-layer.in_features // _GROUP)
-    return [
-        Candidate(
-            name=f"openvino {kind} g{_GROUP}",
-            weight_bytes=layer.weight.numel() * bits // 8 + 2 * groups,
-            build=lambda kind=kind: _compile(layer, kind, x.shape[0], threads),  # type: ignore[misc]
-            ceiling="dot",
-        )
-        for kind, bits in _WIDTHS.items()
-        if layer.in_features % _GROUP == 0
-    ]
+    if layer.in_features % _GROUP:
+        return []  # a shorter last group is not something that its models have
+    groups = layer.out_features * layer.in_features // _GROUP
+    candidates = []
+    for kind, bits in _WIDTHS.items():
+        codes, scale = block_codes(layer, bits, _GROUP)
+        graph = functools.partial(_graph, layer.bias, codes, scale, bits, x.shape[0])
+        build = functools.partial(_compile, graph, threads)
+        size = layer.weight.numel() * bits // 8 + 2 * groups
+        candidates.append(Candidate(f"openvino {kind} g{_GROUP}", size, build, "dot"))
+    return candidates
 
 
-def _compile(layer: nn.Linear, kind: str, m: int, threads: int) -> Forward:
+def _compile(graph: Callable[[], Any], threads: int) -> Forward:
+    """Compiles a new graph, so that the weights are a copy of their own."""
     import openvino as ov
 
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        # Pinned, it leaves the threads of the engines that are timed next on one core.
+        "ENABLE_CPU_PINNING": False,
         # Its default on CPUs with bfloat16 is bfloat16, for which it has no 2-bit kernel.
         "INFERENCE_PRECISION_HINT": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP,
     }
-    request = ov.Core().compile_model(_graph(layer, kind, m), "CPU", config).create_infer_request()
+    request = ov.Core().compile_model(graph(), "CPU", config).create_infer_request()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         result = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
@@ -54,13 +59,12 @@ def _compile(layer: nn.Linear, kind: str, m: int, threads: int) -> Forward:
     return forward
 
 
-def _graph(layer: nn.Linear, kind: str, m: int) -> Any:
+def _graph(bias: torch.Tensor | None, codes: Array, scale: Array, bits: int, m: int) -> Any:
     import openvino as ov
     from openvino import opset15 as op
 
-    bits = _WIDTHS[kind]
-    codes, scale = block_codes(layer, bits, _GROUP)
     n, groups, _ = codes.shape
+    inputs = groups * _GROUP
     if bits == 8:
         value = op.convert(op.constant((codes ^ 0x80).view(np.int8)), "f16")
     else:
@@ -68,11 +72,11 @@ def _graph(layer: nn.Linear, kind: str, m: int) -> Any:
         middle = np.full((n, groups, 1), 1 << (bits - 1), np.uint8)
         value = op.subtract(value, op.convert(_constant(middle, bits), "f16"))
     value = op.multiply(value, op.constant(scale.astype(np.float16)))
-    weight = op.convert(op.reshape(value, [n, layer.in_features], False), "f32")
-    x = op.parameter([m, layer.in_features], np.float32)
+    weight = op.convert(op.reshape(value, [n, inputs], False), "f32")
+    x = op.parameter([m, inputs], np.float32)
     y = op.matmul(x, weight, False, True)
-    if layer.bias is not None:
-        y = op.add(y, op.constant(layer.bias.detach().numpy()[None]))
+    if bias is not None:
+        y = op.add(y, op.constant(bias.detach().numpy()[None]))
     return ov.Model([y], [x], "linear")
 
 
