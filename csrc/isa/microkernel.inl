@@ -19,10 +19,18 @@
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
 
 // Distance that hides DRAM latency for the streaming (few-row) kernels; measured, see ../README.md.
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchSteps = 32;
 
 constexpr int kNr = kPanels * kPanel;  // channels of a tile
 constexpr int kRegBytes = kVectorBytes / kRegs;
+
+// How far ahead of step s to prefetch, in bytes. At the end of whole panels the next tile's are next: they lie behind
+// this tile's.
+template <int NP>
+inline ptrdiff_t prefetch_distance(int64_t s, int64_t steps, ptrdiff_t panel_stride) {
+  const bool ends = s + kPrefetchSteps >= steps && panel_stride == steps * kVectorBytes;
+  return kPrefetchSteps * kVectorBytes + (ends ? (NP - 1) * panel_stride : 0);
+}
 
 template <int B, int P, int MR, int V>
 inline void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
@@ -44,9 +52,10 @@ void dot_tile(const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t pane
       zero();
   for (int64_t s = 0; s < steps; ++s) {
     Reg x[V];
+    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
     LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
       const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + kPrefetchBytes);
+      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
       LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
     }
     dot_planes<B, 0>(acc, x, a + s * (32 / B), pitch);
@@ -64,9 +73,10 @@ void xnor_tile(const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const u
       zero();
   for (int64_t s = 0; s < steps; ++s) {
     Reg x[V];
+    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
     LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
       const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + kPrefetchBytes);
+      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
       LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
     }
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
