@@ -184,6 +184,18 @@ bool call_padding_is_zero(const Codes& packed, const std::string& format_name, i
   return padding_is_zero(packed.data(), n, k, format);
 }
 
+void call_fit_scales(Address x, Address mask, int64_t units, int64_t masks, int64_t length,
+                     Address scale, int format, int low, int high, Address out, int threads) {
+  const Format f = format_of(format);
+  require(units >= 0 && masks >= 1 && length >= 0 && threads >= 1,
+          "units, length >= 0 and masks, threads >= 1 are required");
+  require(units == 0 || (scale && out && ((x && mask) || length == 0)), "an address is 0");
+  py::gil_scoped_release release;
+  fit_scales(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(mask), units, masks,
+             length, reinterpret_cast<const float*>(scale), f, low, high,
+             reinterpret_cast<float*>(out), threads);
+}
+
 py::dict features() {
   py::dict d;
   for (int i = 0; i < kFeatureCount; ++i) d[kFeatureNames[i]] = (cpu_features() >> i & 1) != 0;
@@ -268,6 +280,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("conv2d", &call_conv2d, "x"_a, "y"_a, "geometry"_a, "format"_a, "activation"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
         "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true);
+
+  m.def("fit_scales", &call_fit_scales, "x"_a, "mask"_a, "units"_a, "masks"_a, "length"_a,
+        "scale"_a, "format"_a, "low"_a, "high"_a, "out"_a, "threads"_a);
 
   m.def("probe", &probe, "what"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a,

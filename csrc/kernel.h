@@ -71,6 +71,12 @@ struct Kernel {
   // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to nr are zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
 
+  // How well the nearest codes in [low, high] fit x at a scale, over i with mask[i] = 1 (it is 0
+  // elsewhere), with v = mul * code + add: out = {sum of (x - scale * v)^2, sum of v * x, sum of v
+  // * v}.
+  void (*fit)(const float* x, const float* mask, int64_t n, float scale, float low, float high,
+              float mul, float add, float* out);
+
   // Ceilings: run `iterations` of the instruction mix, return the multiply-accumulates done.
   double (*probe_dot)(int64_t iterations);
   double (*probe_fma)(int64_t iterations);

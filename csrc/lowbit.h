@@ -62,6 +62,13 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, Format format, uint8_t*
 // Whether all that packed holds beyond the n x k codes is 0, as xnor kernels need.
 bool padding_is_zero(const uint8_t* packed, int64_t n, int64_t k, Format format);
 
+// For each unit of weights x [units, length] (an output channel or a group) at scale[unit], codes
+// low..high: out [units, 3] = sum of squared errors, sum of v * x, sum of v * v, where v is the
+// value of the nearest code. Unit u counts what mask [masks, length] has as 1 in row u % masks; x
+// is 0 where it has 0.
+void fit_scales(const float* x, const float* mask, int64_t units, int64_t masks, int64_t length,
+                const float* scale, Format format, int low, int high, float* out, int threads);
+
 // The kernels that are built in, best first, and the one in use.
 struct IsaInfo {
   std::string name;

@@ -68,5 +68,18 @@ def conv2d(
     x_channels_last: bool = ...,
     y_channels_last: bool = ...,
 ) -> None: ...
+def fit_scales(
+    x: int,
+    mask: int,
+    units: int,
+    masks: int,
+    length: int,
+    scale: int,
+    format: int,
+    low: int,
+    high: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def probe(what: Literal["dot", "fma", "xnor"], seconds: float) -> float: ...  # MAC/s of one core
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...  # bytes/s

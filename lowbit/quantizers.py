@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowbit import _core
 from lowbit.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -192,10 +193,28 @@ def _minmax_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
     return torch.maximum(low.clamp_max(0) / fmt.min_value, high.clamp_min(0) / fmt.max_value)
 
 
-def _squared_error(x: Tensor, mask: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    scale = scale[..., None]
-    v = nearest_codes(x, scale, fmt).mul_(fmt.mul).add_(fmt.add)
-    return v.mul_(scale).sub_(x).square_().mul_(mask).sum(dim=-1)
+def _fit(x: Tensor, mask: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """How well the nearest levels v at positive scales [R, G] fit x [R, G, L].
+
+    Returns:
+        Three [R, G]: the sums of (x - scale * v)^2, of v * x and of v * v.
+    """
+    x, mask, scale = x.contiguous(), mask.contiguous(), scale.contiguous()
+    out = torch.empty(*scale.shape, 3)
+    _core.fit_scales(
+        x.data_ptr(),
+        mask.data_ptr(),
+        scale.numel(),
+        len(mask),
+        x.shape[-1],
+        scale.data_ptr(),
+        fmt.index,
+        *fmt.produced,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    error, product, power = out.unbind(-1)
+    return error, product, power
 
 
 def _mse_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
@@ -209,23 +228,22 @@ def _mse_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
     """
     amax = x.abs().amax(dim=-1)
     x = x / torch.where(amax < _FLT_MIN, 1.0, amax)[..., None]  # no square can overflow
-    scale = _least_error_scale(x, mask, fmt)
+    scale, error = _least_error_scale(x, mask, fmt)
     if fmt.min_value != -fmt.max_value:
-        mirrored = -_least_error_scale(-x, mask, fmt)
-        better = _squared_error(x, mask, mirrored, fmt) < _squared_error(x, mask, scale, fmt)
-        scale = torch.where(better, mirrored, scale)
+        mirrored, mirrored_error = _least_error_scale(-x, mask, fmt)
+        scale = torch.where(mirrored_error < error, -mirrored, scale)
     return scale * amax
 
 
-def _least_error_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
-    """Positive scales of units x, of which the largest magnitude is 1 (or 0)."""
+def _least_error_scale(x: Tensor, mask: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Positive scales of units x, of which the largest magnitude is 1 (or 0), and their errors."""
     widest = _minmax_scale(x, mask, fmt)
     widest = torch.where(widest > 0, widest, 1.0)
     best = widest.clone()
     least = torch.full_like(widest, torch.inf)
 
     def consider(scale: Tensor) -> None:
-        error = _squared_error(x, mask, scale, fmt)
+        error = _fit(x, mask, scale, fmt)[0]
         better = error < least
         best[better] = scale[better]
         least[better] = error[better]
@@ -237,11 +255,10 @@ def _least_error_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:
         for sign in (1, -1):
             consider(centre * _GRID_RATIO ** (sign * step / _GRID_FINE / 2))
     for _ in range(2):
-        v = nearest_codes(x, best[..., None], fmt).mul_(fmt.mul).add_(fmt.add).mul_(mask)
-        power = v.square().sum(dim=-1)
-        fit = (v * x).sum(dim=-1) / power.clamp_min(1.0)
-        best = torch.where((power > 0) & (fit > 0), fit, best)
-    return best
+        _, product, power = _fit(x, mask, best, fmt)
+        fit = product / power.clamp_min(1.0)
+        consider(torch.where((power > 0) & (fit > 0), fit, best))
+    return best, least
 
 
 # Shrink factors 1 .. 1/40: the best ternary scale of a channel with an outlier of 30 sigma.

@@ -153,6 +153,7 @@ CPP_TESTED_IN = {
     "bindings": "test_linear.py",
     "cpu": "test_dispatch.py",
     "depthwise": "test_conv2d.py",
+    "fit": "test_quantizers.py",
     "gemm": "test_linear.py",
     "im2col": "test_conv2d.py",
     "images": "test_conv2d.py",

@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from lowbit import quantizers
+from lowbit import _core, quantizers
 from lowbit.formats import FORMATS
 from lowbit.quantizers import dequantize_weight, quantize_weight
 from lowbit.schemes import Scheme
@@ -330,3 +330,50 @@ def test_register(monkeypatch):
     assert dequantize_weight(q).tolist() == [[1.0, -0.5, 3.5]]
     with pytest.raises(ValueError, match="no quantizer 'halves' for int8"):
         Scheme("int8", quantizer="halves")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "ternary"])
+def test_fit_scales_counts_the_nearest_levels(isa, name):
+    """The kernel behind "mse" against float64, on lengths with every kind of tail."""
+    fmt = FORMATS[name]
+    low, high = fmt.produced
+    levels = fmt.mul * np.arange(low, high + 1) + fmt.add
+    rng = np.random.default_rng(3)
+    for length in (0, 1, 15, 16, 17, 33, 100):
+        units, masks = 6, 2
+        mask = (rng.random((masks, length)) < 0.8).astype(np.float32)
+        x = rng.standard_normal((units, length)).astype(np.float32) * np.tile(mask, (3, 1))
+        scale = rng.uniform(0.02, 0.5, units).astype(np.float32)
+        out = np.full((units, 3), np.nan, np.float32)
+        addresses = [a.ctypes.data for a in (x, mask, scale, out)]
+        shape = (units, masks, length)
+        sizes = (addresses[2], fmt.index, int(low), int(high), addresses[3], 2)
+        _core.fit_scales(addresses[0], addresses[1], *shape, *sizes)
+        for unit in range(units):
+            w, m, s = x[unit].astype(float), mask[unit % masks].astype(float), float(scale[unit])
+            v = m * levels[np.abs(w[:, None] - s * levels).argmin(axis=1)] if length else w
+            expected = [((w - s * v) ** 2).sum(), (v * w).sum(), (v * v).sum()]
+            np.testing.assert_allclose(out[unit], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fit_scales_gives_the_same_bits_on_every_isa_and_thread_count():
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(70, 333, generator=generator)
+    results = []
+    used = _core.isa()
+    threads = torch.get_num_threads()
+    try:
+        for built in _core.isas():
+            if built["usable"]:
+                _core.set_isa(built["name"])
+                for count in (1, 3):
+                    torch.set_num_threads(count)
+                    results.append(quantize_weight(w, Scheme("int4", group_size=64)))
+    finally:
+        _core.set_isa(used)
+        torch.set_num_threads(threads)
+    assert len(results) >= 2
+    for other in results[1:]:
+        assert torch.equal(other.codes, results[0].codes)
+        assert torch.equal(other.scale, results[0].scale)
+        assert torch.equal(other.group_scale, results[0].group_scale)

@@ -24,8 +24,8 @@ constexpr int kPrefetchSteps = 32;
 constexpr int kNr = kPanels * kPanel;  // channels of a tile
 constexpr int kRegBytes = kVectorBytes / kRegs;
 
-// How far ahead of step s to prefetch, in bytes. At the end of whole panels the next tile's are next: they lie behind
-// this tile's.
+// How far ahead of step s to prefetch, in bytes. At the end of whole panels the next tile's are
+// next: they lie behind this tile's.
 template <int NP>
 inline ptrdiff_t prefetch_distance(int64_t s, int64_t steps, ptrdiff_t panel_stride) {
   const bool ends = s + kPrefetchSteps >= steps && panel_stride == steps * kVectorBytes;

@@ -27,15 +27,42 @@ uint32_t amax_bits(const float* x, int64_t n) {
   return m;
 }
 
+// 16 strided lanes, added pairwise: the order of every float sum.
+inline float sum_lanes(float (&lane)[16]) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  return lane[0];
+}
+
 float abs_sum(const float* x, int64_t n) {
   float lane[16] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
     for (int j = 0; j < 16; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
   for (int j = 0; i + j < n; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
-  for (int width = 8; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  return lane[0];
+  return sum_lanes(lane);
+}
+
+void fit(const float* x, const float* mask, int64_t n, float scale, float low, float high,
+         float mul, float add, float* out) {
+  float error[16] = {}, product[16] = {}, power[16] = {};
+  const float inverse = 1.0f / scale, inverse_mul = 1.0f / mul;
+  const auto take = [&](int64_t i, int j) {
+    float code = (x[i] * inverse - add) * inverse_mul;
+    code = code < low ? low : code;
+    code = code > high ? high : code;
+    const float v = (mul * (code + kRound - kRound) + add) * mask[i], e = x[i] - scale * v;
+    error[j] += e * e;
+    product[j] += v * x[i];
+    power[j] += v * v;
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; ++j) take(i + j, j);
+  for (int j = 0; i + j < n; ++j) take(i + j, j);
+  out[0] = sum_lanes(error);
+  out[1] = sum_lanes(product);
+  out[2] = sum_lanes(power);
 }
 
 void quantize8(const float* x, int64_t n, float inverse_scale, int8_t* q) {

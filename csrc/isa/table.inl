@@ -32,6 +32,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     finish,
     transpose,
     expand_groups,
+    fit,
     probe_dot,
     probe_fma,
     probe_xnor,
