@@ -65,9 +65,11 @@ void Images::quantize(const float* x, int thread, int team) {
 void Images::encode_pixels(const float* x, int64_t image, int64_t begin, int64_t end) {
   const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
   if (bits_) {
-    const int64_t width = channels / geometry_.groups;
+    int64_t width = channels / geometry_.groups;
+    if (width % 32 == 0) width = (end - begin) * channels;  // no pixel ends within a dword: one run
     uint32_t* out = bits_ + (image * pixels + begin) * geometry_.groups * words_;
-    for (const float* p = x + begin * channels; p < x + end * channels; p += width, out += words_)
+    for (const float* p = x + begin * channels; p < x + end * channels;
+         p += width, out += ceil_div(width, 32))
       kernel_.binarize_bits(p, width, out);
     return;
   }

@@ -83,15 +83,32 @@ void binarize(const float* x, int64_t n, int8_t* q) {
   for (int64_t i = 0; i < n; ++i) q[i] = x[i] >= 0.0f ? 1 : -1;
 }
 
-// Bit 8j + p of a dword is k = 4p + j, as in the W1 layout; 1 where x < 0.
+// Bit b4 b3 b2 b1 b0 of x moves to b0 b4 b3 b2 b1 (Warren, "Hacker's Delight", 7-2: outer
+// unshuffle).
+inline uint32_t unshuffle(uint32_t x) {
+  uint32_t t = (x ^ (x >> 1)) & 0x22222222u;
+  x ^= t ^ (t << 1);
+  t = (x ^ (x >> 2)) & 0x0c0c0c0cu;
+  x ^= t ^ (t << 2);
+  t = (x ^ (x >> 4)) & 0x00f000f0u;
+  x ^= t ^ (t << 4);
+  t = (x ^ (x >> 8)) & 0x0000ff00u;
+  return x ^ t ^ (t << 8);
+}
+
+inline uint32_t sign_bits(const float* x, int count) {
+  uint32_t word = 0;
+  for (int k = 0; k < count; ++k) word |= x[k] >= 0.0f ? 0u : 1u << k;
+  return word;
+}
+
+// 1 where x < 0. Bit 8j + p of a dword is k = 4p + j, as in the W1 layout: k with its two low bits
+// in front. In two passes, so that the second is vectorized over words.
 void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
-  for (int64_t i = 0; i < n; i += 32) {
-    uint32_t word = 0;
-    const int count = n - i < 32 ? static_cast<int>(n - i) : 32;
-    for (int k = 0; k < count; ++k)
-      word |= static_cast<uint32_t>(!(x[i + k] >= 0.0f)) << (8 * (k % 4) + k / 4);
-    bits[i / 32] = word;
-  }
+  const int64_t words = (n + 31) / 32;
+  for (int64_t w = 0; w < n / 32; ++w) bits[w] = sign_bits(x + 32 * w, 32);
+  if (n % 32) bits[words - 1] = sign_bits(x + n / 32 * 32, static_cast<int>(n % 32));
+  for (int64_t w = 0; w < words; ++w) bits[w] = unshuffle(unshuffle(bits[w]));
 }
 
 void to_float(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f) {
