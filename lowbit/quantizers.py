@@ -200,7 +200,7 @@ def _fit(x: Tensor, mask: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, T
         Three [R, G]: the sums of (x - scale * v)^2, of v * x and of v * v.
     """
     x, mask, scale = x.contiguous(), mask.contiguous(), scale.contiguous()
-    out = torch.empty(*scale.shape, 3)
+    out = x.new_empty(*scale.shape, 3)
     _core.fit_scales(
         x.data_ptr(),
         mask.data_ptr(),
