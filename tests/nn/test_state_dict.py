@@ -4,8 +4,10 @@ import copy
 import io
 import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import expected
+import models
 import pytest
 import torch
 from safetensors import safe_open
@@ -343,23 +345,16 @@ def test_mapped_safetensors(kind, scheme, tmp_path):
         assert getattr(other, name).data_ptr() == tensor.data_ptr()  # no second copy
 
 
-def _output(layer, x, queue):
-    torch.set_num_threads(1)
-    queue.put(layer(x).numpy())
-
-
 def test_share_memory_between_processes():
     layer, x = make()
     want = layer(x)
     layer.share_memory()
     assert layer.weight_packed.is_shared()
     assert expected.same_bits(layer(x), want)
+    # A pool says so when its process dies; a queue would wait for ever.
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_output, args=(layer, x, queue))
-    process.start()
-    got = torch.from_numpy(queue.get())
-    process.join()
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        got = torch.from_numpy(pool.submit(models.output_on_one_thread, layer, x).result())
     assert expected.same_bits(got, want)
 
 
