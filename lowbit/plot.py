@@ -106,6 +106,8 @@ def _set_axes(axes: Any, drawn: list[Row]) -> None:
     points = [point for point in map(_point, drawn) if point is not None]
     xs = [x for x, _ in points] or [0.0]
     highest = max([1.0, *(row.speedup.p90 for row in drawn if row.speedup is not None)])
+    # A disturbed round may not squash the points: its bar leaves the frame instead.
+    highest = min(highest, 1.5 * max([1.0, *(y for _, y in points)]))
     margin = max(2.0, 0.18 * (max(xs) - min(xs)))
     axes.set_xlim(min(xs) - margin, max(xs) + margin)
     axes.set_ylim(0.0, 1.15 * highest)

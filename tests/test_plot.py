@@ -1,6 +1,7 @@
 """The plot: a file of sane size, labels that cover nothing, models without a point named."""
 
 import builtins
+import dataclasses
 import math
 import struct
 
@@ -126,3 +127,13 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"pip install 'lowbit\[plot\]'"):
         plot(_comparison(), tmp_path / "plot.png")
+
+
+def test_a_disturbed_round_does_not_squash_the_points(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    row = _row("w8a8", "candidate", 2.0, 30.0)
+    disturbed = dataclasses.replace(row, speedup=Ratio(2.0, 1.9, 2.0, 2.0, 300.0, 9))
+    plot(_comparison(disturbed), tmp_path / "plot.png")
+    low, high = figures[0].axes[0].get_ylim()
+    assert (low, high) == (0.0, pytest.approx(1.15 * 3.0))
