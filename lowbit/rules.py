@@ -266,38 +266,18 @@ def _padded(conv: Conv2d, padding: tuple[int, int, int, int]) -> Conv2d:
 
 
 def _empty_linear(module: nn.Linear, scheme: Scheme) -> Linear:
-    return Linear(
-        module.in_features,
-        module.out_features,
-        bias=module.bias is not None,
-        scheme=scheme,
-        device="meta",
-        dtype=module.weight.dtype,
-    )
+    return Linear.like(module, scheme, "meta")
 
 
-def _empty_conv(module: nn.Conv2d, scheme: Scheme, cls: type[Conv2d] = Conv2d) -> Conv2d:
-    return cls(
-        module.in_channels,
-        module.out_channels,
-        _pair(module.kernel_size),
-        stride=_pair(module.stride),
-        padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-        dilation=_pair(module.dilation),
-        groups=module.groups,
-        bias=module.bias is not None,
-        padding_mode=module.padding_mode,
-        scheme=scheme,
-        device="meta",
-        dtype=module.weight.dtype,
-    )
+def _empty_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
+    return Conv2d.like(module, scheme, "meta")
 
 
 def _empty_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
     plain, padding = _conv_with_static_padding(module)
     if not any(padding):
         return _empty_conv(plain, scheme)
-    return _padded(_empty_conv(plain, scheme, PaddedConv2d), padding)
+    return _padded(PaddedConv2d.like(plain, scheme, "meta"), padding)
 
 
 # The built-in converters, and what makes the same layer from its sizes alone.

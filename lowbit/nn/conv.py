@@ -88,17 +88,14 @@ class Conv2d(QuantizedLayer):
         self._create_buffers(scheme, bias, device, dtype)
 
     @classmethod
-    def from_float(
-        cls, module: nn.Conv2d, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
+    def like(
+        cls,
+        module: nn.Conv2d,
+        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
+        device: torch.device | str = "cpu",
     ) -> Conv2d:
-        """A quantized layer with the weights of a float one, which stays as it is.
-
-        Raises:
-            TypeError: the module is no `nn.Conv2d`.
-            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
-        """
-        weight = check_float_layer(module, nn.Conv2d, "lowbit.nn.Conv2d")
-        layer = cls(
+        """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
+        return cls(
             module.in_channels,
             module.out_channels,
             _pair(module.kernel_size),
@@ -109,9 +106,22 @@ class Conv2d(QuantizedLayer):
             bias=module.bias is not None,
             padding_mode=module.padding_mode,
             scheme=scheme,
-            device="cpu",
-            dtype=weight.dtype,
+            device=device,
+            dtype=module.weight.dtype,
         )
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Conv2d, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
+    ) -> Conv2d:
+        """A quantized layer with the weights of a float one, which stays as it is.
+
+        Raises:
+            TypeError: the module is no `nn.Conv2d`.
+            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
+        """
+        weight = check_float_layer(module, nn.Conv2d, "lowbit.nn.Conv2d")
+        layer = cls.like(module, scheme)
         matrix, valid = layer._weight_to_matrix(weight.float())
         layer.set_quantized_weight(quantize_weight(matrix, layer.scheme, valid))
         layer.bias = float_bias(module)

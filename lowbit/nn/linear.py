@@ -49,6 +49,23 @@ class Linear(QuantizedLayer):
         self._create_buffers(Scheme.parse(scheme), bias, device, dtype)
 
     @classmethod
+    def like(
+        cls,
+        module: nn.Linear,
+        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
+        device: torch.device | str = "cpu",
+    ) -> Linear:
+        """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
+        return cls(
+            module.weight.shape[1],
+            module.weight.shape[0],
+            bias=module.bias is not None,
+            scheme=scheme,
+            device=device,
+            dtype=module.weight.dtype,
+        )
+
+    @classmethod
     def from_float(
         cls, module: nn.Linear, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
     ) -> Linear:
@@ -59,14 +76,7 @@ class Linear(QuantizedLayer):
             ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
         """
         weight = check_float_layer(module, nn.Linear, "lowbit.nn.Linear")
-        layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            bias=module.bias is not None,
-            scheme=scheme,
-            device="cpu",
-            dtype=weight.dtype,
-        )
+        layer = cls.like(module, scheme)
         layer.set_quantized_weight(quantize_weight(weight.float(), layer.scheme))
         layer.bias = float_bias(module)
         return layer.train(module.training)
