@@ -53,6 +53,18 @@ class Kernel:
     isa: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def working_directory(tmp_path_factory):
+    """A folder away from the source tree, which must not shadow the installed package.
+
+    `python -c` and `python -m`, which some tests start, import from the working directory first.
+    """
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("working_directory"))
+    yield
+    os.chdir(before)
+
+
 def _isa_params() -> list:
     return [
         pytest.param(
