@@ -26,6 +26,7 @@ namespace {
 
 // What a block reads (its rows; a depthwise one: writes) stays in L2.
 constexpr int64_t kBlockBytes = 256 * 1024;
+constexpr int64_t kPassBytes = int64_t{32} << 20;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
 
 // The weights of one group of a convolution.
@@ -52,12 +53,10 @@ int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int th
   return std::min(units, round_up(wanted, g.batch % threads == 0 ? 1 : threads));
 }
 
-}  // namespace
-
-void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Activation activation,
-            float* y, int threads) {
+// As many images as one pass quantizes at once.
+void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights,
+                 Activation activation, float* y, int threads) {
   const int64_t pixels = g.out_height * g.out_width;
-  if (g.batch * pixels * g.out_channels == 0) return;
   const Kernel& kernel = lowbit::kernel();
   const Depth depth(weights.format, weights.k, weights.group_size);
   const int64_t width = g.channels / g.groups;
@@ -103,6 +102,23 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
                          pixels);
     }
   });
+}
+
+}  // namespace
+
+void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Activation activation,
+            float* y, int threads) {
+  const int64_t in = g.height * g.width * g.channels,
+                out = g.out_height * g.out_width * g.out_channels;
+  if (out == 0) return;
+  // Codes live for one pass: an image for each thread at least.
+  const int64_t images =
+      std::max<int64_t>(kPassBytes / std::max<int64_t>(in * planes(activation), 1), threads);
+  Conv2dGeometry pass = g;
+  for (int64_t first = 0; first < g.batch; first += images) {
+    pass.batch = std::min(images, g.batch - first);
+    conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads);
+  }
 }
 
 }  // namespace lowbit

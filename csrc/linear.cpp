@@ -35,6 +35,10 @@ int64_t code_pitch(int64_t k) {
   return pitch % 1024 == 0 ? pitch + 64 : pitch;
 }
 
+// Codes live for one pass over the weights: enough rows to make up for reading these again, not
+// more memory.
+constexpr int64_t kPassBytes = int64_t{8} << 20, kMinPassRows = 1024;
+
 struct RowBuffers {
   RowBuffers(Scratch& scratch, int64_t m, int64_t k, int planes, const Depth& depth, bool use_bits)
       : pitch(use_bits ? std::max<int64_t>(depth.steps, 1) : code_pitch(k)) {
@@ -79,11 +83,9 @@ void quantize_row(const Kernel& kernel, Activation activation, const Depth& dept
       }
 }
 
-}  // namespace
-
-void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
-            int threads) {
-  if (m == 0 || weights.n == 0) return;
+// As many rows as one pass quantizes at once.
+void linear_pass(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
+                 int threads) {
   const Kernel& kernel = lowbit::kernel();
   const Depth depth(weights.format, weights.k, weights.group_size);
   // A zero point needs the sum of the activations, which bits do not have.
@@ -120,6 +122,18 @@ void linear(const float* x, int64_t m, const Weights& weights, Activation activa
     gemm(kernel, weights, depth, rows, c.begin * kernel.nr, std::min(weights.n, c.end * kernel.nr),
          y + first * weights.n, weights.n);
   });
+}
+
+}  // namespace
+
+void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
+            int threads) {
+  if (weights.n == 0) return;
+  const int64_t row_bytes = planes(activation) * code_pitch(weights.k);
+  const int64_t rows = std::max(kPassBytes / row_bytes, kMinPassRows);
+  for (int64_t first = 0; first < m; first += rows)
+    linear_pass(x + first * weights.k, std::min(rows, m - first), weights, activation,
+                y + first * weights.n, threads);
 }
 
 }  // namespace lowbit

@@ -158,3 +158,22 @@ def test_converting_again_gives_the_same_weights(scheme, isa, set_threads):
         assert list(state) == list(expected)
         for key, value in state.items():
             assert torch.equal(value, expected[key]), key
+
+
+# More rows and images than the drivers quantize at a time (8 MiB and 32 MiB of codes).
+@pytest.mark.parametrize(
+    ("float_layer", "shape"),
+    [
+        (nn.Linear(3, 5), (2**17 + 7, 3)),
+        (nn.Conv2d(16, 2, 1, stride=8), (515, 16, 64, 64)),
+        (nn.Conv2d(16, 16, 3, stride=8, groups=16), (515, 16, 64, 64)),
+    ],
+    ids=["linear", "conv", "depthwise"],
+)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+def test_a_batch_larger_than_a_pass(float_layer, shape, scheme):
+    layer = lowbit.quantize(nn.Sequential(float_layer), scheme)[0]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    y = layer(x)
+    for part in (slice(0, 3), slice(255, 259), slice(511, 515), slice(len(x) - 9, None)):
+        assert same_bits(layer(x[part]), y[part])
