@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
+def _asks(name: str) -> Callable[[], bool]:
+    """A question to torch's internals; where a torch lacks it, the answer is the careful one."""
+    answer: Any = torch._C
+    for part in name.split("."):
+        answer = getattr(answer, part, None)
+    return answer if callable(answer) else lambda: True
+
+
 # Bound once: these are asked at every call of every layer.
 _strided = torch.strided
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_mode = torch._C._is_torch_function_mode_enabled
-_functorch = torch._C._are_functorch_transforms_active
-_autocast = torch._C._is_any_autocast_enabled
-_profiler = torch._C._autograd._profiler_enabled
-_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = _asks("_len_torch_dispatch_stack")
+_function_mode = _asks("_is_torch_function_mode_enabled")
+_functorch = _asks("_are_functorch_transforms_active")
+_autocast = _asks("_is_any_autocast_enabled")
+_profiler = _asks("_autograd._profiler_enabled")
+_tracing_state = _asks("_get_tracing_state")
 
 
 def runs_directly(x: object) -> bool:

@@ -262,3 +262,13 @@ def test_runs_directly_only_where_nothing_intercepts():
 def test_suggested_memory_format_of_a_padded_image():
     x = F.pad(torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last), [1, 1, 1, 1])
     assert inputs.suggests_channels_last(x) == x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_torch_without_the_internals_gets_the_dispatcher(monkeypatch):
+    assert inputs._asks("_len_torch_dispatch_stack") is torch._C._len_torch_dispatch_stack
+    missing = inputs._asks("_autograd._no_such_question")
+    assert missing()
+    x = torch.zeros(1)
+    assert inputs.runs_directly(x)
+    monkeypatch.setattr(inputs, "_profiler", missing)
+    assert not inputs.runs_directly(x)
