@@ -84,8 +84,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
       const int64_t first = block.begin * unit, count = (block.end - block.begin) * unit;
       float* out = y + (image * pixels + first) * g.out_channels;
       if (!g.y_channels_last) {
-        block_scratch.reserve(Scratch::bytes<float>(count * g.out_channels));
-        out = block_scratch.take<float>(count * g.out_channels);
+        block_scratch.cut(piece(out, count * g.out_channels));
       }
       if (g.depthwise()) {
         depthwise(kernel, g, weights, depth, *expanded, images, image, block.begin, block.end, out);

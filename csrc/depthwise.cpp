@@ -13,9 +13,7 @@ DepthwiseWeights::DepthwiseWeights(const Conv2dGeometry& g, const Weights& weigh
   const FormatTraits& f = traits(weights.format);
   const int64_t bytes = depth.groups * places_ * panels_ * kVectorBytes,
                 zeros = depth.groups * places_ * 4;
-  scratch.reserve(Scratch::bytes<uint8_t>(bytes) + Scratch::bytes<int8_t>(zeros));
-  codes_ = scratch.take<uint8_t>(bytes);
-  zeros_ = scratch.take<int8_t>(zeros);
+  scratch.cut(piece(codes_, bytes), piece(zeros_, zeros));
   std::memset(codes_, 0, static_cast<size_t>(bytes));
   std::memset(zeros_, 0, static_cast<size_t>(zeros));
 
@@ -65,24 +63,12 @@ class Depthwise {
     const int64_t tile = int64_t{kTilePixels} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t quad = row_columns_ * column_,
                   columns = quad * expanded.quads() * images.planes();
-    scratch.reserve(Scratch::bytes<int32_t>(tile * kMaxPlanes) * 2 +
-                    Scratch::bytes<int32_t>(tile * kMaxPlanes) + 2 * Scratch::bytes<float>(tile) +
-                    Scratch::bytes<double>(tile) + 2 * Scratch::bytes<float>(scales) +
-                    Scratch::bytes<int32_t>(kTilePixels * kMaxPlanes) +
-                    Scratch::bytes<float>(kTilePixels) + Scratch::bytes<int8_t>(columns) +
-                    Scratch::bytes<int8_t>(geometry.width * images.pitch()));
-    acc_ = scratch.take<int32_t>(tile * kMaxPlanes);
-    sums_ = scratch.take<int32_t>(tile * kMaxPlanes);
-    value_ = scratch.take<float>(tile);
-    total_ = scratch.take<float>(tile);
-    wide_ = scratch.take<double>(tile);
-    group_scale_ = scratch.take<float>(scales);
-    group_zero_ = scratch.take<float>(scales);
-    no_offset_ = scratch.take<int32_t>(kTilePixels * kMaxPlanes);
-    row_scale_ = scratch.take<float>(kTilePixels);
-    offsets_ = scratch.take<ptrdiff_t>(expanded.places());
-    columns_ = scratch.take<int8_t>(columns);
-    zero_row_ = scratch.take<int8_t>(geometry.width * images.pitch());
+    scratch.cut(piece(acc_, tile * kMaxPlanes), piece(sums_, tile * kMaxPlanes),
+                piece(value_, tile), piece(total_, tile), piece(wide_, tile),
+                piece(group_scale_, scales), piece(group_zero_, scales),
+                piece(no_offset_, kTilePixels * kMaxPlanes), piece(row_scale_, kTilePixels),
+                piece(offsets_, expanded.places()), piece(columns_, columns),
+                piece(zero_row_, geometry.width * images.pitch()));
     for (int i = 0; i < expanded.places(); ++i)
       offsets_[i] =
           i / expanded.quads() * geometry.dilation_w * column_ + i % expanded.quads() * quad;

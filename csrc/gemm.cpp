@@ -38,17 +38,9 @@ class Tile {
         rows_(rows),
         traits_(traits(weights.format)) {
     const int64_t size = int64_t{kernel.mr} * kernel.nr, scales = depth.groups * kernel.nr;
-    scratch.reserve(Scratch::bytes<int32_t>(size) + 3 * Scratch::bytes<float>(size) +
-                    Scratch::bytes<double>(size) + Scratch::bytes<int32_t>(kernel.mr) +
-                    2 * Scratch::bytes<float>(scales));
-    acc_ = scratch.take<int32_t>(size);
-    sum_ = scratch.take<float>(size);
-    total_ = scratch.take<float>(size);
-    row_sum_ = scratch.take<float>(size);
-    wide_ = scratch.take<double>(size);
-    offset_ = scratch.take<int32_t>(kernel.mr);
-    group_scale_ = scratch.take<float>(scales);
-    group_zero_ = scratch.take<float>(scales);
+    scratch.cut(piece(acc_, size), piece(sum_, size), piece(total_, size), piece(row_sum_, size),
+                piece(wide_, size), piece(offset_, kernel.mr), piece(group_scale_, scales),
+                piece(group_zero_, scales));
   }
 
   void set_channels(int64_t c0, int64_t end) {

@@ -31,15 +31,8 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& geometry, const Wei
   if (in_place_) pitch_ = images.pitch();
   const int64_t codes = bits || in_place_ ? 0 : rows * pitch_;
   const int64_t words = bits ? block * pitch_ : 0;
-  scratch.reserve(Scratch::bytes<int8_t>(codes) + 2 * Scratch::bytes<uint32_t>(words) +
-                  Scratch::bytes<int32_t>(rows * depth.chunks()) + Scratch::bytes<float>(block));
-  codes_ = scratch.take<int8_t>(codes);
-  if (bits) {
-    bits_ = scratch.take<uint32_t>(words);
-    mask_ = scratch.take<uint32_t>(words);
-  }
-  sums_ = scratch.take<int32_t>(rows * depth.chunks());
-  scale_ = scratch.take<float>(block);
+  scratch.cut(piece(codes_, codes), piece(bits_, words), piece(mask_, words),
+              piece(sums_, rows * depth.chunks()), piece(scale_, block));
 }
 
 Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {

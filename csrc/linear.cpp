@@ -42,15 +42,9 @@ constexpr int64_t kPassBytes = int64_t{8} << 20, kMinPassRows = 1024;
 struct RowBuffers {
   RowBuffers(Scratch& scratch, int64_t m, int64_t k, int planes, const Depth& depth, bool use_bits)
       : pitch(use_bits ? std::max<int64_t>(depth.steps, 1) : code_pitch(k)) {
-    scratch.reserve(Scratch::bytes<int8_t>(m * planes * pitch * (use_bits ? 4 : 1)) +
-                    Scratch::bytes<float>(m) +
-                    Scratch::bytes<int32_t>(m * planes * depth.chunks()));
-    if (use_bits)
-      bits = scratch.take<uint32_t>(m * pitch);
-    else
-      codes = scratch.take<int8_t>(m * planes * pitch);
-    scale = scratch.take<float>(m);
-    sums = scratch.take<int32_t>(m * planes * depth.chunks());
+    scratch.cut(piece(codes, use_bits ? 0 : m * planes * pitch),
+                piece(bits, use_bits ? m * pitch : 0), piece(scale, m),
+                piece(sums, m * planes * depth.chunks()));
   }
 
   int64_t pitch;

@@ -48,8 +48,8 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
     throw std::invalid_argument("read_bandwidth: bytes >= 4096, threads >= 1");
   const Kernel& k = kernel();
   Scratch scratch;
-  scratch.reserve(static_cast<size_t>(bytes));
-  char* block = scratch.take<char>(bytes);
+  char* block;
+  scratch.cut(piece(block, bytes));
   std::memset(block, 1, static_cast<size_t>(bytes));
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   const int repeat = static_cast<int>(std::max<int64_t>(1, (int64_t{64} << 20) / bytes));

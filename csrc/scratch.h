@@ -8,8 +8,22 @@
 
 namespace lowbit {
 
-// One growing block, 64-byte aligned. take() hands out pieces in order; reserve() all of them
-// before.
+// A piece of a block: where its address goes, how many elements it has.
+template <class T>
+struct Piece {
+  T*& pointer;
+  int64_t count;
+
+  size_t bytes() const { return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64; }
+};
+
+template <class T>
+Piece<T> piece(T*& pointer, int64_t count) {
+  return {pointer, count};
+}
+
+// One growing block, cut into pieces that are 64-byte aligned. Cutting it again takes the pieces
+// back.
 class Scratch {
  public:
   Scratch() = default;
@@ -17,34 +31,30 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(block_); }
 
-  static constexpr size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  // Forgets the pieces and makes room for `bytes` (a sum of padded() sizes). Throws std::bad_alloc.
-  void reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(block_);
-    size_ = 0;
-    block_ = static_cast<char*>(std::aligned_alloc(64, padded(bytes)));
-    if (!block_) throw std::bad_alloc();
-    size_ = padded(bytes);
-  }
-
-  template <class T>
-  T* take(int64_t count) {
-    char* p = block_ + used_;
-    used_ += padded(static_cast<size_t>(count) * sizeof(T));
-    return reinterpret_cast<T*>(p);
-  }
-
-  template <class T>
-  static size_t bytes(int64_t count) {
-    return padded(static_cast<size_t>(count) * sizeof(T));
+  // Pieces of no elements get null. Throws std::bad_alloc.
+  template <class... T>
+  void cut(Piece<T>... pieces) {
+    reserve((pieces.bytes() + ...));
+    char* next = block_;
+    const auto place = [&next](auto piece) {
+      piece.pointer = piece.count ? reinterpret_cast<decltype(piece.pointer + 0)>(next) : nullptr;
+      next += piece.bytes();
+    };
+    (place(pieces), ...);
   }
 
  private:
+  void reserve(size_t bytes) {
+    if (bytes <= size_) return;
+    std::free(block_);
+    size_ = 0;
+    block_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+    if (!block_) throw std::bad_alloc();
+    size_ = bytes;
+  }
+
   char* block_ = nullptr;
-  size_t size_ = 0, used_ = 0;
+  size_t size_ = 0;
 };
 
 }  // namespace lowbit

@@ -164,6 +164,20 @@ TEST_CASE("depthwise convolutions of many taps") {
   });
 }
 
+TEST_CASE("depthwise kernels of thousands of taps") {
+  for (const Activation activation : {Activation::int8, Activation::int16}) {
+    Lcg draw(27);
+    Conv2dGeometry g{};
+    g.batch = 1;
+    g.height = g.width = 62;
+    g.out_height = g.out_width = 3;
+    g.channels = g.out_channels = g.groups = 3;
+    g.kernel_h = g.kernel_w = 60;
+    g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+    check(draw, Format::int8, activation, g);
+  }
+}
+
 TEST_CASE("images large enough for several threads") {
   // A thread is woken for about a million multiply-accumulates.
   constexpr struct {
