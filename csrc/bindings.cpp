@@ -66,6 +66,7 @@ Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Addre
   require(group_size >= 0 && group_size % 32 == 0, "group_size must be 0 or a multiple of 32");
   require((group_size != 0) == (group_scale != 0), "group_size and group_scale go together");
   require(group_zero == 0 || group_scale != 0, "group_zero needs group_scale");
+  require(group_size == 0 || k > 0, "groups need a k above 0");
   require(n == 0 || (scale != 0 && (packed != 0 || k == 0)), "the address of the weights is 0");
   return {format_of(format),
           n,

@@ -34,6 +34,7 @@ int64_t packed_steps(Format format, int64_t k) {
 }
 
 void pack(const uint8_t* codes, int64_t n, int64_t k, Format format, uint8_t* packed) {
+  if (n * k == 0) return;
   std::memset(packed, 0,
               static_cast<size_t>(packed_panels(n) * packed_steps(format, k) * kVectorBytes));
   for_each_code(n, k, traits(format), [&](int64_t byte, int shift, int64_t i) {

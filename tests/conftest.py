@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+if not any((Path(__file__).parents[1] / "lowbit").glob("_core.*.so")):
+    # `python -m pytest` puts the source tree first; it must not shadow the installed package.
+    sys.path[:] = [entry for entry in sys.path if Path(entry) != Path(__file__).parents[1]]
 sys.path.insert(0, str(Path(__file__).parent))  # `import oracle`, from any working directory
 
 import models
