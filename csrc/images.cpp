@@ -22,9 +22,8 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
   const int64_t pixels = g.batch * g.height * g.width;
   const int64_t codes = use_bits ? 0 : pixels * planes_ * pitch_;
   const int64_t bits = use_bits ? pixels * g.groups * words_ : 0;
-  scratch.cut(piece(codes_, codes), piece(zeros_, pitch_), piece(bits_, bits),
-              piece(amax_, g.batch), piece(scale_, g.batch), piece(inverse_, g.batch));
-  std::memset(zeros_, 0, static_cast<size_t>(pitch_));
+  scratch.cut(piece(codes_, codes), piece(bits_, bits), piece(amax_, g.batch),
+              piece(scale_, g.batch), piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (amax_ + i) std::atomic<uint32_t>(0);
 }
 

@@ -23,9 +23,8 @@ class Images {
   bool inside(int64_t y, int64_t x) const {
     return y >= 0 && y < geometry_.height && x >= 0 && x < geometry_.width;
   }
-  // The channels of a pixel; zeros outside the image.
+  // The channels of a pixel inside the image.
   const int8_t* pixel(int64_t image, int plane, int64_t y, int64_t x) const {
-    if (!inside(y, x)) return zeros_;
     return codes_ +
            (((image * planes_ + plane) * geometry_.height + y) * geometry_.width + x) * pitch_;
   }
@@ -50,7 +49,7 @@ class Images {
   const Activation activation_;
   const int planes_;
   int64_t pitch_, words_, elements_;
-  int8_t *codes_ = nullptr, *zeros_ = nullptr;
+  int8_t* codes_ = nullptr;
   uint32_t* bits_ = nullptr;
   std::atomic<uint32_t>* amax_;
   float *scale_, *inverse_;
