@@ -25,6 +25,7 @@ struct Depth {
   int64_t groups;
   int64_t chunks_per_group;  // 1, but for a K or a group above kChunk
   int64_t steps;             // of a whole panel
+  int64_t group_steps;       // of a group
 
  private:
   int64_t k_, depth_, group_k_, chunk_k_;

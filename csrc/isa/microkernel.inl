@@ -1,269 +1,238 @@
-// The integer microkernels, once, over the vocabulary that an ISA's file defines before it includes
-// this one:
+// The integer GEMM microkernels, once, over the vocabulary that an ISA's file defines before it
+// includes this one:
 //
 //   Reg                     a register of int32 lanes; kRegs of them make one 64-byte vector
+//   FloatReg                the same of float32
 //   kMr, kPanels            the largest tile: kMr rows x kPanels panels of 16 channels
-//   zero() load(p) store(p, v) ones() opaque(v)
+//   kStreamSums             registers that a streaming kernel may spend on sums
+//   kMaskInPlace            dot takes any byte as code, so a bit field need not be shifted down
+//   zero() load(p) store(p, v) bytes(x) opaque(v)
 //   broadcast(p)            4 bytes to every lane
-//   unpack<B, P>(v)         bit field P (B bits wide) of every byte
+//   unpack<B, P, S>(v)      bit field P (B bits wide) of every byte, moved to bit S
 //   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
 //   popcount_add(acc, v)    acc[lane] += bits set in the lane
-//   bit_xor(a, b) bit_and(a, b) sub(a, b): the last on lanes
+//   bit_xor(a, b) bit_and(a, b) add(a, b) sub(a, b): the last two on lanes
+//   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
-//   FloatReg, float_ones(), fmadd(a, b, c), opaque_float(v): for the float32 ceiling alone
+//   to_float(v) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x) multiply(a, b)
+//   fmadd(a, b, c) opaque_float(v)
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
 // hence the pragmas.
 
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
-
-// Distance that hides DRAM latency for the streaming (few-row) kernels; measured, see ../README.md.
-constexpr int kPrefetchSteps = 32;
+#define LOWBIT_INLINE inline __attribute__((always_inline))
 
 constexpr int kNr = kPanels * kPanel;  // channels of a tile
 constexpr int kRegBytes = kVectorBytes / kRegs;
+constexpr int kLanes = kRegBytes / 4;
 
-// How far ahead of step s to prefetch, in bytes. At the end of whole panels the next tile's are
-// next: they lie behind this tile's.
-template <int NP>
-inline ptrdiff_t prefetch_distance(int64_t s, int64_t steps, ptrdiff_t panel_stride) {
-  const bool ends = s + kPrefetchSteps >= steps && panel_stride == steps * kVectorBytes;
-  return kPrefetchSteps * kVectorBytes + (ends ? (NP - 1) * panel_stride : 0);
-}
+// How far ahead a streaming kernel prefetches; measured, see ../README.md.
+constexpr int kPrefetchSteps = 32;
 
-template <int B, int P, int MR, int V>
-inline void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
+#include "epilogue.inl"
+
+// --- dot: rows x panels in registers
+
+template <int B, int S, int P, int MR, int V>
+LOWBIT_INLINE void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a,
+                              ptrdiff_t pitch) {
   Reg u[V];
-  LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, P>(x[v]);
+  LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, P, S>(x[v]);
   LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
     const Reg av = broadcast(a + r * pitch + 4 * P);
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot<B>(acc[r][v], u[v], av);
   }
-  if constexpr (P + 1 < 8 / B) dot_planes<B, P + 1>(acc, x, a, pitch);
+  if constexpr (P + 1 < 8 / B) dot_planes<B, S, P + 1>(acc, x, a, pitch);
 }
 
-template <int B, int MR, int NP>
-void dot_tile(const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
-              int64_t steps, int32_t* out) {
-  constexpr int V = NP * kRegs;
-  Reg acc[MR][V];
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
-      zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    Reg x[V];
-    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
-    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
-      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
-    }
-    dot_planes<B, 0>(acc, x, a + s * (32 / B), pitch);
+// The vectors of step s of NP panels. Two of the next panels are fetched at the same pace.
+template <int NP>
+LOWBIT_INLINE void load_panels(const uint8_t* w, const uint8_t* next, ptrdiff_t stride, int64_t s,
+                               Reg (&x)[NP * kRegs]) {
+  if (next) {
+    __builtin_prefetch(next + s * kVectorBytes, 0, 2);
+    __builtin_prefetch(next + stride + s * kVectorBytes, 0, 2);
   }
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+      x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
 }
 
-template <int MR, int NP, bool Masked>
-void xnor_tile(const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
-               ptrdiff_t panel_stride, int64_t steps, int32_t* out) {
-  constexpr int V = NP * kRegs;
-  Reg acc[MR][V];
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
-      zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    Reg x[V];
-    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
-    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
-      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
+template <int B, int S>
+struct Dot {
+  template <int MR>
+  static void tile(const Tile& t) {
+    constexpr int V = kPanels * kRegs;
+    sum_groups<MR, V>(t, 0, [&](int64_t first, int64_t steps, Reg(&acc)[MR][V]) {
+      const int8_t* a = t.codes;
+      const uint8_t *w = t.w, *next = t.next;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      for (int64_t s = first; s < first + steps; ++s) {
+        Reg x[V];
+        load_panels<kPanels>(w, next, stride, s, x);
+        dot_planes<B, S, 0>(acc, x, a + s * (32 / B), pitch);
+      }
+    });
+  }
+
+  // One panel, of which the memory is read once, in order. The latency of `dot` asks for more
+  // chains of sums than there are rows: one for each bit field (left in place, and its sum shifted
+  // down at the end, where the ISA has it so), and for some steps.
+  template <int MR>
+  static void stream(const Tile& t, int panel) {
+    constexpr int P = 8 / B, kBudget = kStreamSums / (MR * kRegs);
+    constexpr bool kInPlace = kMaskInPlace && B < 8 && kBudget >= P;
+    constexpr int C = kBudget >= 8 ? 8 : kBudget >= 4 ? 4 : kBudget >= 2 ? 2 : 1;  // chains
+    constexpr int U = C > P ? C / P : 1;                                           // steps at once
+    sum_groups<MR, kRegs>(t, panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][kRegs]) {
+      const int8_t* a = t.codes;
+      const uint8_t* w = t.w + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch;
+      Reg acc[MR][C][kRegs];
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int c = 0; c < C; ++c)
+          LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) acc[r][c][i] = zero();
+      const auto step = [&](int64_t s, int chain) __attribute__((always_inline)) {
+        stream_planes<B, S, 0, kInPlace>(acc, w + s * kVectorBytes, a + s * (32 / B), pitch, chain);
+      };
+      int64_t s = first;
+      for (; s + U <= first + steps; s += U) {
+        __builtin_prefetch(w + (s + kPrefetchSteps) * kVectorBytes);
+        LOWBIT_UNROLL for (int u = 1; u < U; ++u)
+            __builtin_prefetch(w + (s + u + kPrefetchSteps) * kVectorBytes);
+        LOWBIT_UNROLL for (int u = 0; u < U; ++u) step(s + u, u * P);
+      }
+      for (; s < first + steps; ++s) step(s, 0);
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+          sum[r][i] = add(sum[r][i], chains<B, S, kInPlace, C, 0>(acc[r], i));
+    });
+  }
+
+ private:
+  template <int B1, int S1, int P, bool kInPlace, int MR, int C>
+  static LOWBIT_INLINE void stream_planes(Reg (&acc)[MR][C][kRegs], const uint8_t* w,
+                                          const int8_t* a, ptrdiff_t pitch, int chain) {
+    Reg u[kRegs];
+    LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
+      const Reg x = load(w + i * kRegBytes);
+      if constexpr (kInPlace)
+        u[i] = bit_and(x, bytes(((1 << B1) - 1) << (B1 * P)));
+      else
+        u[i] = unpack<B1, P, S1>(x);
     }
+    const int c = (chain + P) % C;
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const Reg av = broadcast(reinterpret_cast<const int8_t*>(a + r * pitch + s));
+      const Reg av = broadcast(a + r * pitch + 4 * P);
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) acc[r][c][i] =
+          dot < kInPlace ? 8 : B1 > (acc[r][c][i], u[i], av);
+    }
+    if constexpr (P + 1 < 8 / B1) stream_planes<B1, S1, P + 1, kInPlace>(acc, w, a, pitch, chain);
+  }
+
+  // The sum of all chains from C0 on.
+  template <int B1, int S1, bool kInPlace, int C, int C0>
+  static LOWBIT_INLINE Reg chains(const Reg (&acc)[C][kRegs], int i) {
+    Reg v = acc[C0][i];
+    if constexpr (kInPlace) v = shift_left<S1>(shift_right<B1*(C0 % (8 / B1))>(v));
+    if constexpr (C0 + 1 < C) v = add(v, chains<B1, S1, kInPlace, C, C0 + 1>(acc, i));
+    return v;
+  }
+};
+
+// --- xnor: bits differ ---------------------------------------------------------------------------
+
+template <bool Masked>
+struct Xnor {
+  template <int MR>
+  static void tile(const Tile& t) {
+    constexpr int V = kPanels * kRegs;
+    sum_groups<MR, V>(t, 0, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+      const uint32_t *bits = t.bits, *mask = t.mask;
+      const uint8_t *w = t.w, *next = t.next;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      Reg acc[MR][V];
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          acc[r][v] = zero();
+      for (int64_t s = first; s < first + steps; ++s) {
+        Reg x[V];
+        load_panels<kPanels>(w, next, stride, s, x);
+        count(acc, x, bits + s, mask + s, pitch);
+      }
+      twice(acc, sum);
+    });
+  }
+
+  template <int MR>
+  static void stream(const Tile& t, int panel) {
+    sum_groups<MR, kRegs>(t, panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][kRegs]) {
+      const uint32_t *bits = t.bits, *mask = t.mask;
+      const uint8_t* w = t.w + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch;
+      Reg acc[MR][kRegs];
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+          acc[r][i] = zero();
+      for (int64_t s = first; s < first + steps; ++s) {
+        Reg x[kRegs];
+        __builtin_prefetch(w + (s + kPrefetchSteps) * kVectorBytes);
+        load_panels<1>(w, nullptr, 0, s, x);
+        count(acc, x, bits + s, mask + s, pitch);
+      }
+      twice(acc, sum);
+    });
+  }
+
+ private:
+  template <int MR, int V>
+  static LOWBIT_INLINE void count(Reg (&acc)[MR][V], const Reg (&x)[V], const uint32_t* bits,
+                                  const uint32_t* mask, ptrdiff_t pitch) {
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+      const Reg av = broadcast(reinterpret_cast<const int8_t*>(bits + r * pitch));
       LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
         Reg d = bit_xor(x[v], av);
         if constexpr (Masked)
-          d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch + s)));
+          d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch)));
         acc[r][v] = popcount_add(acc[r][v], d);
       }
     }
   }
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
-}
 
-// Calls the tile for a number of rows known at run time: tile<rows>(...).
-template <int MR, class Call>
-inline void with_rows(int rows, Call call) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return with_rows<MR - 1>(rows, call);
+  template <int MR, int V>
+  static LOWBIT_INLINE void twice(const Reg (&acc)[MR][V], Reg (&sum)[MR][V]) {
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] =
+        add(sum[r][v], shift_left<1>(acc[r][v]));
   }
-  call(IntConstant<MR>{});
+};
+
+// --- any tile ------------------------------------------------------------------------------------
+
+// call(IntConstant<rows>) for Low <= rows <= High.
+template <int Low, int High, class Call>
+LOWBIT_INLINE void with_rows(int rows, Call call) {
+  if constexpr (Low < High) {
+    if (rows < High) return with_rows<Low, High - 1>(rows, call);
+  }
+  call(IntConstant<High>{});
 }
 
-// Sums are modulo 2^32 until the offset is added: then they are exact.
-inline int32_t affine(int32_t acc, int shift, int32_t offset) {
-  return static_cast<int32_t>((static_cast<uint32_t>(acc) << shift) +
-                              static_cast<uint32_t>(offset));
+template <class Op>
+void run(const Tile& t) {
+  if (!t.stream && t.panels == kPanels && t.rows >= kMr / 2)
+    return with_rows<kMr / 2, kMr>(t.rows,
+                                   [&](auto mr) { Op::template tile<decltype(mr)::value>(t); });
+  for (int p = 0; p < t.panels; ++p)
+    with_rows<1, kMr>(t.rows, [&](auto mr) { Op::template stream<decltype(mr)::value>(t, p); });
 }
 
-// A full tile of panels at once; fewer panels than that one by one.
-template <class Call>
-inline void over_panels(int panels, Call call) {
-  if (panels == kPanels) return call(0, IntConstant<kPanels>{});
-  for (int p = 0; p < panels; ++p) call(p, IntConstant<1>{});
-}
-
-template <int B>
-void dot_any(int rows, const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
-             int panels, int64_t steps, int32_t* acc) {
-  over_panels(panels, [&](int p, auto np) {
-    with_rows<kMr>(rows, [&](auto mr) {
-      dot_tile<B, decltype(mr)::value, decltype(np)::value>(a, pitch, w + p * panel_stride,
-                                                            panel_stride, steps, acc + p * kPanel);
-    });
-  });
-}
-
-void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
-              ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc) {
-  over_panels(panels, [&](int p, auto np) {
-    with_rows<kMr>(rows, [&](auto mr) {
-      constexpr int kRows = decltype(mr)::value, kWide = decltype(np)::value;
-      const uint8_t* q = w + p * panel_stride;
-      int32_t* out = acc + p * kPanel;
-      if (mask)
-        xnor_tile<kRows, kWide, true>(a, mask, pitch, q, panel_stride, steps, out);
-      else
-        xnor_tile<kRows, kWide, false>(a, nullptr, pitch, q, panel_stride, steps, out);
-    });
-  });
-}
+void xnor_any(const Tile& t) { return t.mask ? run<Xnor<true>>(t) : run<Xnor<false>>(t); }
 
 int32_t sum_codes(const int8_t* q, int64_t n) {
   Reg acc = zero();
   int64_t i = 0;
   for (; i + kRegBytes <= n; i += kRegBytes)
-    acc = dot<1>(acc, ones(), load(reinterpret_cast<const uint8_t*>(q + i)));
-  int32_t lanes[kRegBytes / 4], s = 0;
+    acc = dot<1>(acc, bytes(1), load(reinterpret_cast<const uint8_t*>(q + i)));
+  int32_t lanes[kLanes], s = 0;
   store(lanes, acc);
   for (int32_t lane : lanes) s += lane;
   for (; i < n; ++i) s += q[i];
   return s;
-}
-
-// N: the number of taps, so that their weights stay in registers over the pixels; 0: any number.
-template <int B, int N>
-void depthwise_panel(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                     const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
-                     const int8_t* zeros, int32_t* acc, int32_t* sums) {
-  Reg codes[N ? N : 1][kRegs], zero_points[N ? N : 1];
-  const auto weights_of = [&](int t, Reg(&c)[kRegs], Reg& z) {
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) c[r] = load(w + t * w_stride + r * kRegBytes);
-    z = broadcast(zeros + 4 * t);
-  };
-  if constexpr (N > 0)
-    LOWBIT_UNROLL for (int t = 0; t < N; ++t) weights_of(t, codes[t], zero_points[t]);
-  for (int i = 0; i < pixels; ++i, columns += pixel_stride, acc += kNr) {
-    Reg a[kRegs], s[kRegs];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) a[r] = s[r] = zero();
-    const auto add_tap = [&](int t, const Reg(&c)[kRegs], const Reg& z) {
-      const uint8_t* column = reinterpret_cast<const uint8_t*>(columns + offsets[t]);
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
-        const Reg x = load(column + r * kRegBytes);
-        a[r] = dot<B>(a[r], c[r], x);
-        s[r] = dot<B>(s[r], z, x);
-      }
-    };
-    if constexpr (N > 0) {
-      LOWBIT_UNROLL for (int t = 0; t < N; ++t) add_tap(t, codes[t], zero_points[t]);
-    } else {
-      for (int t = 0; t < taps; ++t) {
-        weights_of(t, codes[0], zero_points[0]);
-        add_tap(t, codes[0], zero_points[0]);
-      }
-    }
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(acc + r * (kRegBytes / 4), sub(a[r], s[r]));
-    if (sums) {
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(sums + r * (kRegBytes / 4), s[r]);
-      sums += kNr;
-    }
-  }
-}
-
-template <int B>
-void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                   const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
-                   const int8_t* zeros, int panels, int32_t* acc, int32_t* sums) {
-  const auto run = taps == 3    ? depthwise_panel<B, 3>   // 3 x 3
-                   : taps == 10 ? depthwise_panel<B, 10>  // 5 x 5
-                                : depthwise_panel<B, 0>;
-  for (int p = 0; p < panels; ++p)
-    run(pixels, columns + p * kVectorBytes, pixel_stride, taps, offsets, w + p * kVectorBytes,
-        w_stride, zeros, acc + p * kPanel, sums ? sums + p * kPanel : nullptr);
-}
-
-void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {
-  for (int64_t i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, v);
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-        store(reinterpret_cast<int32_t*>(out + 4 * i) + r * (kRegBytes / 4), v[r]);
-  }
-}
-
-// Rows are 64 bytes and may be read whole.
-void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
-  for (int i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
-    int32_t pixels[16];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
-    const int n = count - i < 16 ? count - i : 16;
-    if (channels == 4) {
-      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
-    } else {
-      for (int j = 0; j < n; ++j)
-        for (int c = 0; c < channels; ++c)
-          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
-    }
-  }
-}
-
-// The ceilings: the kernels' own instruction mix on registers alone.
-constexpr int kChains = 12;
-
-double probe_dot(int64_t iterations) {
-  Reg acc[kChains], u = ones(), a = ones();
-  opaque(u), opaque(a);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      acc[i] = dot<4>(acc[i], u, a);
-      opaque(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * kRegBytes;
-}
-
-double probe_xnor(int64_t iterations) {
-  Reg acc[kChains], u = ones(), a = zero();
-  opaque(u), opaque(a);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      opaque(u);
-      acc[i] = popcount_add(acc[i], bit_xor(u, a));
-      opaque(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * kRegBytes * 8;
-}
-
-double probe_fma(int64_t iterations) {
-  FloatReg acc[kChains], a = float_ones(), b = float_ones();
-  opaque_float(a), opaque_float(b);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = float_ones();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      acc[i] = fmadd(a, b, acc[i]);
-      opaque_float(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * (kRegBytes / 4);
 }

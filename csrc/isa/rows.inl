@@ -111,20 +111,16 @@ void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
   for (int64_t w = 0; w < words; ++w) bits[w] = unshuffle(unshuffle(bits[w]));
 }
 
-void to_float(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f) {
-  for (int r = 0; r < rows; ++r, acc += kNr, f += kNr)
-    for (int c = 0; c < kNr; ++c) f[c] = static_cast<float>(affine(acc[c], shift, offset[r]));
+void to_float(int rows, const int32_t* sums, float* f) {
+  for (int i = 0; i < rows * kNr; ++i) f[i] = static_cast<float>(sums[i]);
 }
 
-void widen(int rows, int planes, const int32_t* acc, int shift, const int32_t* offset,
-           double* wide) {
-  for (int r = 0; r < rows; ++r, acc += planes * kNr, wide += kNr) {
+void widen(int rows, int planes, const int32_t* sums, double* wide) {
+  for (int r = 0; r < rows; ++r, sums += planes * kNr, wide += kNr) {
     if (planes == 1) {
-      for (int c = 0; c < kNr; ++c) wide[c] += affine(acc[c], shift, offset[r]);
+      for (int c = 0; c < kNr; ++c) wide[c] += sums[c];
     } else {
-      for (int c = 0; c < kNr; ++c)
-        wide[c] += 256.0 * affine(acc[c], shift, offset[2 * r]) +
-                   affine(acc[c + kNr], shift, offset[2 * r + 1]);
+      for (int c = 0; c < kNr; ++c) wide[c] += 256.0 * sums[c] + sums[c + kNr];
     }
   }
 }

@@ -6,7 +6,8 @@
 struct Reg {
   uint32_t lane[16];
 };
-constexpr int kRegs = 1, kMr = 4, kPanels = 1;
+constexpr int kRegs = 1, kMr = 4, kPanels = 1, kStreamSums = 1;
+constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return Reg{}; }
 inline Reg load(const uint8_t* p) {
@@ -20,7 +21,7 @@ inline Reg splat(uint32_t x) {
   for (uint32_t& lane : v.lane) lane = x;
   return v;
 }
-inline Reg ones() { return splat(0x01010101u); }
+inline Reg bytes(int x) { return splat(0x01010101u * static_cast<uint32_t>(x)); }
 inline Reg broadcast(const int8_t* p) {
   uint32_t x;
   __builtin_memcpy(&x, p, 4);
@@ -30,10 +31,27 @@ inline void opaque(Reg& v) { asm volatile("" : "+m"(v)); }
 struct FloatReg {
   float lane[16];
 };
-inline FloatReg float_ones() {
+inline FloatReg float_splat(float x) {
   FloatReg v;
-  for (float& lane : v.lane) lane = 1.0f;
+  for (float& lane : v.lane) lane = x;
   return v;
+}
+inline FloatReg float_broadcast(const float* p) { return float_splat(*p); }
+inline FloatReg float_load(const float* p) {
+  FloatReg v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+inline void float_store(float* p, const FloatReg& v) { __builtin_memcpy(p, &v, 64); }
+inline FloatReg to_float(const Reg& v) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(static_cast<int32_t>(v.lane[i]));
+  return out;
+}
+inline FloatReg multiply(const FloatReg& a, const FloatReg& b) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] * b.lane[i];
+  return out;
 }
 inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
   FloatReg out;
@@ -42,11 +60,11 @@ inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
 }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+m"(v)); }
 
-template <int B, int P>
+template <int B, int P, int S>
 inline Reg unpack(const Reg& v) {
   constexpr uint32_t kMask = ((1u << B) - 1) * 0x01010101u;
   Reg u;
-  for (int i = 0; i < 16; ++i) u.lane[i] = v.lane[i] >> (B * P) & kMask;
+  for (int i = 0; i < 16; ++i) u.lane[i] = (v.lane[i] >> (B * P) & kMask) << S;
   return u;
 }
 
@@ -63,6 +81,24 @@ inline Reg dot(const Reg& acc, const Reg& u, const Reg& a) {
   return out;
 }
 
+inline Reg add(const Reg& a, const Reg& b) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+  return v;
+}
+template <int N>
+inline Reg shift_left(const Reg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = v.lane[i] << N;
+  return out;
+}
+template <int N>
+inline Reg shift_right(const Reg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i)
+    out.lane[i] = static_cast<uint32_t>(static_cast<int32_t>(v.lane[i]) >> N);
+  return out;
+}
 inline Reg sub(const Reg& a, const Reg& b) {
   Reg v;
   for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] - b.lane[i];
@@ -99,6 +135,8 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
                      static_cast<uint32_t>(static_cast<uint8_t>(t3[i])) << 24;
 }
 
+#include "depthwise.inl"
 #include "microkernel.inl"
+#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -13,7 +13,11 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     LOWBIT_STRING(LOWBIT_KERNEL_NAME),
     kMr,
     kNr,
-    {dot_any<8>, dot_any<4>, dot_any<2>, dot_any<1>},
+    {
+#define X(name, bits, mul, add) run<Dot<bits, mul == 2 ? 1 : 0>>,
+        LOWBIT_FORMATS(X)
+#undef X
+    },
     xnor_any,
     {depthwise_any<8>, depthwise_any<4>},
     interleave4,
