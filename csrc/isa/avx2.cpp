@@ -98,8 +98,6 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
   out[1] = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
 }
 
-#include "depthwise.inl"
 #include "microkernel.inl"
-#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"

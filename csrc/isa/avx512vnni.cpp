@@ -15,8 +15,6 @@ inline Reg popcount_add(Reg acc, Reg v) {
   return _mm512_dpbusd_epi32(acc, count, bytes(1));
 }
 
-#include "depthwise.inl"
 #include "microkernel.inl"
-#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"

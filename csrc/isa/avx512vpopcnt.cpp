@@ -10,8 +10,6 @@ inline Reg popcount_add(Reg acc, Reg v) {
   return acc;
 }
 
-#include "depthwise.inl"
 #include "microkernel.inl"
-#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -236,3 +236,6 @@ int32_t sum_codes(const int8_t* q, int64_t n) {
   for (; i < n; ++i) s += q[i];
   return s;
 }
+
+#include "depthwise.inl"
+#include "probes.inl"

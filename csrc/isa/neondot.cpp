@@ -91,8 +91,6 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
   }
 }
 
-#include "depthwise.inl"
 #include "microkernel.inl"
-#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"

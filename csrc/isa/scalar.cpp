@@ -135,8 +135,6 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
                      static_cast<uint32_t>(static_cast<uint8_t>(t3[i])) << 24;
 }
 
-#include "depthwise.inl"
 #include "microkernel.inl"
-#include "probes.inl"
 #include "rows.inl"
 #include "table.inl"
