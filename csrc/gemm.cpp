@@ -29,26 +29,38 @@ Depth::Chunk Depth::chunk(int64_t group, int64_t index) const {
 
 namespace {
 
-// Every scale of [from, from + count), padded to the columns that a tile reads; what is null reads
-// as zero.
+// `count` floats that may be read up to a multiple of 16: copied to `room` where they end earlier.
 const float* padded(const float* from, int count, float* room) {
-  if (from && count % kPanel == 0) return from;
-  std::fill_n(room, round_up(count, kPanel), 0.0f);
-  if (from) std::copy_n(from, count, room);
+  if (count % kPanel == 0) return from;
+  std::fill_n(std::copy_n(from, count, room), round_up(count, kPanel) - count, 0.0f);
   return room;
 }
+
+// How far ahead the rows of one tile prefetch; measured, see README.md.
+constexpr int64_t kPrefetchSteps = 128;
+
+// Up to so many tall tiles, where reading the weights once or from the first cache counts most.
+constexpr int64_t kTallTiles = 2;
 
 // A block of channels of one thread, and its tiles.
 class Block {
  public:
   Block(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
         Scratch& scratch)
-      : kernel_(kernel), weights_(weights), depth_(depth), rows_(rows) {
-    const int64_t size = int64_t{kernel.mr} * kernel.nr, scales = depth.groups * kernel.nr;
+      : kernel_(kernel),
+        weights_(weights),
+        depth_(depth),
+        rows_(rows),
+        tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr),
+        width_(tall_ ? kernel.tall_nr : kernel.nr),
+        tiles_(ceil_div(rows.count, (tall_ ? kernel.tall_mr : kernel.mr) / rows.planes)) {
+    const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
     const bool in_tile = fits_tile();
-    scratch.cut(piece(scale_, kernel.nr), piece(bias_, kernel.nr),
+    // A block is no wider than a tile where its channels need padding.
+    const int64_t bias = weights.bias ? kernel.nr : std::max<int64_t>(weights.n, kernel.nr);
+    scratch.cut(piece(scale_, kernel.nr), piece(bias_, bias),
                 piece(offset_, code_rows * depth.chunks()), piece(group_scale_, groups * scales),
                 piece(group_zero_, zeros * scales),
                 piece(group_sum_, zeros * rows.count * depth.groups), piece(out_, size),
@@ -57,7 +69,9 @@ class Block {
     const int add = traits(weights.format).add;
     for (int64_t i = 0; i < code_rows * depth.chunks(); ++i) offset_[i] = add * rows.sums[i];
     if (zeros) sum_groups();
+    if (!weights.bias) std::fill_n(bias_, bias, 0.0f);
 
+    tile_.tall = tall_;
     tile_.planes = rows.planes;
     tile_.pitch = rows.pitch;
     tile_.panel_stride = depth.steps * kVectorBytes;
@@ -70,32 +84,34 @@ class Block {
     tile_.group_zero = group_zero_;
   }
 
-  void set_channels(int64_t c0, int64_t end) {
+  int64_t tiles() const { return tiles_; }
+
+  // Takes the channels from c0 on, and returns how many: those of a tile, or where one tile of rows
+  // reads them and nothing is expanded for them, all whole panels.
+  int64_t set_channels(int64_t c0, int64_t end) {
+    const int64_t whole = (end - c0) / kPanel * kPanel;
+    const bool all = tiles_ == 1 && !sums_ && !group_scale_;
+    const int64_t count = std::min(end - c0, all ? std::max<int64_t>(whole, width_) : width_);
     c0_ = c0;
-    cols_ = static_cast<int>(std::min<int64_t>(kernel_.nr, end - c0));
+    cols_ = static_cast<int>(count);
     tile_.panels = (cols_ + kPanel - 1) / kPanel;
     packed_ = weights_.packed + c0 / kPanel * tile_.panel_stride;
     tile_.scale = padded(weights_.scale + c0, cols_, scale_);
-    tile_.bias = padded(weights_.bias ? weights_.bias + c0 : nullptr, cols_, bias_);
+    tile_.bias = weights_.bias ? padded(weights_.bias + c0, cols_, bias_) : bias_;
     if (group_scale_)
       kernel_.expand_groups(weights_.group_scale + c0 * depth_.groups, cols_, depth_.groups,
                             group_scale_);
     if (group_zero_)
       kernel_.expand_groups(weights_.group_zero + c0 * depth_.groups, cols_, depth_.groups,
                             group_zero_);
+    return count;
   }
 
-  // Tile `index` of `count`, of the rows `r`.
-  void run(Range r, int64_t index, int64_t count, float* y, ptrdiff_t y_pitch) {
+  void run(int64_t index, float* y, ptrdiff_t y_pitch) {
+    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
     const int rows = static_cast<int>(r.end - r.begin);
     tile_.rows = rows * rows_.planes;
-    tile_.stream = count == 1;
-    // The last two tiles fetch the next block.
-    const int half = std::max(kernel_.nr / kPanel / 2, 1);
-    const int64_t part = index - (count - 2);
-    tile_.next = !tile_.stream && part >= 0
-                     ? packed_ + (kernel_.nr / kPanel + part * half) * tile_.panel_stride
-                     : nullptr;
+    set_prefetch(index);
     tile_.row_scale = rows_.scale + r.begin;
     float* const out = y + r.begin * y_pitch + c0_;
     if (sums_) return run_in_parts(r.begin, rows, out, y_pitch);
@@ -119,9 +135,19 @@ class Block {
            kMax16 * traits(weights_.format).largest() * depth_.chunk(0, 0).size < INT32_MAX;
   }
 
+  // A tile that takes all rows reads its panels from memory, in order: it fetches what comes soon.
+  // Of several, the last ones fetch the next block.
+  void set_prefetch(int64_t index) {
+    const int64_t panels = width_ / kPanel, each = ceil_div(panels, tiles_);
+    const int64_t first = tiles_ >= panels ? index - (tiles_ - panels) : index * each;
+    tile_.fetch = static_cast<int>(first < 0 ? 0 : std::clamp<int64_t>(panels - first, 0, each));
+    ahead_ = tiles_ == 1 ? kPrefetchSteps * kVectorBytes : (panels + first) * tile_.panel_stride;
+  }
+
   void set_operands(int64_t first, int64_t step, int64_t chunk) {
     const ptrdiff_t row = first * rows_.planes;
     tile_.w = packed_ + step * kVectorBytes;
+    tile_.ahead = tile_.w + ahead_;
     tile_.offset = offset_ + row * depth_.chunks() + chunk;
     if (rows_.bits) {
       const ptrdiff_t from = row * rows_.pitch + step;
@@ -179,11 +205,13 @@ class Block {
   const Weights& weights_;
   const Depth& depth_;
   const Rows& rows_;
+  const bool tall_;
+  const int64_t width_, tiles_;  // of a block, in channels and in tiles
   Tile tile_{};
   float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;
   int32_t *offset_, *sums_;
   double* wide_;
-  int64_t c0_ = 0;
+  int64_t c0_ = 0, ahead_ = 0;
   int cols_ = 0;
   const uint8_t* packed_ = nullptr;
 };
@@ -194,11 +222,10 @@ void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, cons
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch) {
   static thread_local Scratch scratch;
   Block block(kernel, weights, depth, rows, scratch);
-  const int64_t tiles = ceil_div(rows.count, kernel.mr / rows.planes);
-  for (int64_t c = begin; c < end; c += kernel.nr) {
-    block.set_channels(c, end);
-    for (int64_t t = 0; t < tiles; ++t)  // balanced: no tile is much smaller than the rest
-      block.run(part(rows.count, t, tiles), t, tiles, y, y_pitch);
+  for (int64_t c = begin; c < end;) {
+    const int64_t count = block.set_channels(c, end);
+    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y, y_pitch);
+    c += count;
   }
 }
 

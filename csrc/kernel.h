@@ -18,13 +18,14 @@ namespace lowbit {
 struct Tile {
   int rows;                     // of codes or bits: an int16 activation is two (hi, lo)
   int panels;                   // of 16 channels, `panel_stride` bytes apart
+  bool tall;                    // up to tall_mr rows, and any number of panels
   const int8_t* codes;          // activations (dot)
   const uint32_t *bits, *mask;  // the same (xnor): 1 where x < 0; which of them count, null: all
   ptrdiff_t pitch;              // of a row, in elements of codes or bits
   const uint8_t* w;             // the panels
-  const uint8_t* next;          // panels to prefetch two of meanwhile, or null
+  const uint8_t* ahead;         // what to prefetch meanwhile, step by step:
+  int fetch;                    // so many panels, `panel_stride` apart
   ptrdiff_t panel_stride;
-  bool stream;  // nobody reads these weights again soon: panel by panel
   int64_t steps, group_steps, groups;
   const int32_t* offset;  // [rows][groups], `offset_pitch` apart: added to a group's sums
   ptrdiff_t offset_pitch;
@@ -42,8 +43,8 @@ struct Tile {
 
 struct Kernel {
   const char* name;
-  int mr;  // rows in the largest tile (even)
-  int nr;  // channels in the largest tile, a multiple of 16
+  int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
+  int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
 
   // s[r][c] = offset + sum over k of mul * code[c][k] * a[r][k], a group; int32 arithmetic modulo
   // 2^32. Then f = float(s), or fma(group_scale, float(s), f) over the groups with, where there is

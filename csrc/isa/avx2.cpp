@@ -11,8 +11,9 @@
 #include "begin.inl"
 
 using Reg = __m256i;
-constexpr int kRegs = 2, kMr = 4, kPanels = 1;  // 8 accumulators + weights + activation + constants
-constexpr int kStreamSums = 8;
+constexpr int kRegs = 2, kMr = 4, kPanels = 1, kTallMr = kMr,
+              kTallPanels = 1;  // 8 accumulators + weights + activation + constants
+constexpr int kChainSums = 8;
 constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return _mm256_setzero_si256(); }

@@ -5,8 +5,9 @@
 #include "begin.inl"
 
 using Reg = __m512i;
-constexpr int kRegs = 1, kMr = 6, kPanels = 4;  // 24 accumulators + 4 weights + 1 activation
-constexpr int kStreamSums = 16;
+// 24 accumulators + 4 (2) weights + 1 activation
+constexpr int kRegs = 1, kMr = 6, kPanels = 4, kTallMr = 12, kTallPanels = 2;
+constexpr int kChainSums = 16;
 constexpr bool kMaskInPlace = true;
 
 inline Reg zero() { return _mm512_setzero_si512(); }

@@ -54,6 +54,10 @@ LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
 // loop(first, steps, sums) adds a group's products to sums, which start at the offset.
 template <int MR, int V, class Loop>
 LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
+  if (!t.sums)
+    for (int r = 0; r < t.rows / t.planes; ++r)
+      LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs)
+          __builtin_prefetch(t.y + r * t.y_pitch + panel * kPanel + v * kLanes, 1);
   alignas(kVectorBytes) float f[MR * V * kLanes];
   if (t.group_scale)
     LOWBIT_UNROLL for (int i = 0; i < MR * V; ++i) float_store(f + i * kLanes, float_splat(0.0f));

@@ -3,8 +3,9 @@
 //
 //   Reg                     a register of int32 lanes; kRegs of them make one 64-byte vector
 //   FloatReg                the same of float32
-//   kMr, kPanels            the largest tile: kMr rows x kPanels panels of 16 channels
-//   kStreamSums             registers that a streaming kernel may spend on sums
+//   kMr, kPanels            the tile where there are several: kMr rows x kPanels panels of 16
+//   kTallMr, kTallPanels    a tall one, for few rows: weights are read once
+//   kChainSums              registers that a tile of few rows may spend on chains of sums
 //   kMaskInPlace            dot takes any byte as code, so a bit field need not be shifted down
 //   zero() load(p) store(p, v) bytes(x) opaque(v)
 //   broadcast(p)            4 bytes to every lane
@@ -28,178 +29,137 @@ constexpr int kNr = kPanels * kPanel;  // channels of a tile
 constexpr int kRegBytes = kVectorBytes / kRegs;
 constexpr int kLanes = kRegBytes / 4;
 
-// How far ahead a streaming kernel prefetches; measured, see ../README.md.
-constexpr int kPrefetchSteps = 32;
-
 #include "epilogue.inl"
 
-// --- dot: rows x panels in registers
+// --- what both kernels share ---------------------------------------------------------------------
 
-template <int B, int S, int P, int MR, int V>
-LOWBIT_INLINE void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a,
-                              ptrdiff_t pitch) {
-  Reg u[V];
-  LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, P, S>(x[v]);
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-    const Reg av = broadcast(a + r * pitch + 4 * P);
-    LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot<B>(acc[r][v], u[v], av);
-  }
-  if constexpr (P + 1 < 8 / B) dot_planes<B, S, P + 1>(acc, x, a, pitch);
-}
-
-// The vectors of step s of NP panels. Two of the next panels are fetched at the same pace.
+// The vectors of step s of NP panels; ahead of them, those of `fetch` panels from `ahead` on.
 template <int NP>
-LOWBIT_INLINE void load_panels(const uint8_t* w, const uint8_t* next, ptrdiff_t stride, int64_t s,
-                               Reg (&x)[NP * kRegs]) {
-  if (next) {
-    __builtin_prefetch(next + s * kVectorBytes, 0, 2);
-    __builtin_prefetch(next + stride + s * kVectorBytes, 0, 2);
-  }
+LOWBIT_INLINE void load_panels(const uint8_t* w, ptrdiff_t stride, const uint8_t* ahead, int fetch,
+                               int64_t s, Reg (&x)[NP * kRegs]) {
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) if (p < fetch)
+      __builtin_prefetch(ahead + p * stride + s * kVectorBytes);
   LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
       x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
 }
 
-template <int B, int S>
-struct Dot {
-  template <int MR>
-  static void tile(const Tile& t) {
-    constexpr int V = kPanels * kRegs;
-    sum_groups<MR, V>(t, 0, [&](int64_t first, int64_t steps, Reg(&acc)[MR][V]) {
-      const int8_t* a = t.codes;
-      const uint8_t *w = t.w, *next = t.next;
-      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
-      for (int64_t s = first; s < first + steps; ++s) {
-        Reg x[V];
-        load_panels<kPanels>(w, next, stride, s, x);
-        dot_planes<B, S, 0>(acc, x, a + s * (32 / B), pitch);
-      }
-    });
-  }
+template <int MR, int V>
+LOWBIT_INLINE void clear(Reg (&sums)[MR][V]) {
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] =
+      zero();
+}
 
-  // One panel, of which the memory is read once, in order. The latency of `dot` asks for more
-  // chains of sums than there are rows: one for each bit field (left in place, and its sum shifted
-  // down at the end, where the ISA has it so), and for some steps.
-  template <int MR>
-  static void stream(const Tile& t, int panel) {
-    constexpr int P = 8 / B, kBudget = kStreamSums / (MR * kRegs);
-    constexpr bool kInPlace = kMaskInPlace && B < 8 && kBudget >= P;
-    constexpr int C = kBudget >= 8 ? 8 : kBudget >= 4 ? 4 : kBudget >= 2 ? 2 : 1;  // chains
-    constexpr int U = C > P ? C / P : 1;                                           // steps at once
-    sum_groups<MR, kRegs>(t, panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][kRegs]) {
-      const int8_t* a = t.codes;
-      const uint8_t* w = t.w + panel * t.panel_stride;
-      const ptrdiff_t pitch = t.pitch;
-      Reg acc[MR][C][kRegs];
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int c = 0; c < C; ++c)
-          LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) acc[r][c][i] = zero();
-      const auto step = [&](int64_t s, int chain) __attribute__((always_inline)) {
-        stream_planes<B, S, 0, kInPlace>(acc, w + s * kVectorBytes, a + s * (32 / B), pitch, chain);
-      };
-      int64_t s = first;
-      for (; s + U <= first + steps; s += U) {
-        __builtin_prefetch(w + (s + kPrefetchSteps) * kVectorBytes);
-        LOWBIT_UNROLL for (int u = 1; u < U; ++u)
-            __builtin_prefetch(w + (s + u + kPrefetchSteps) * kVectorBytes);
-        LOWBIT_UNROLL for (int u = 0; u < U; ++u) step(s + u, u * P);
-      }
-      for (; s < first + steps; ++s) step(s, 0);
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
-          sum[r][i] = add(sum[r][i], chains<B, S, kInPlace, C, 0>(acc[r], i));
-    });
-  }
+// --- dot -----------------------------------------------------------------------------------------
 
- private:
-  template <int B1, int S1, int P, bool kInPlace, int MR, int C>
-  static LOWBIT_INLINE void stream_planes(Reg (&acc)[MR][C][kRegs], const uint8_t* w,
-                                          const int8_t* a, ptrdiff_t pitch, int chain) {
-    Reg u[kRegs];
-    LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
-      const Reg x = load(w + i * kRegBytes);
+// The sums of V registers of channels for MR rows, each in C chains: with few rows the latency of
+// `dot` asks for more of them than there are registers of output. Step u of every U adds its bit
+// field p to chain (u * P + p) % C. Where there is a chain for each field, and the ISA allows it,
+// a field stays in place and its chain's sum is shifted down at the end.
+template <int B, int S, int MR, int V, int C>
+struct Chains {
+  static constexpr int P = 8 / B, U = C > P ? C / P : 1;
+  static constexpr bool kInPlace = kMaskInPlace && B < 8 && C >= P;
+  static constexpr int kCodeBits = kInPlace ? 8 : B;
+
+  Reg sums[C][MR][V];
+
+  LOWBIT_INLINE Chains() { LOWBIT_UNROLL for (int c = 0; c < C; ++c) clear(sums[c]); }
+
+  template <int Step, int Field = 0>
+  LOWBIT_INLINE void add_step(const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
+    constexpr int c = (Step * P + Field) % C;
+    Reg u[V];
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
       if constexpr (kInPlace)
-        u[i] = bit_and(x, bytes(((1 << B1) - 1) << (B1 * P)));
+        u[v] = bit_and(x[v], bytes(((1 << B) - 1) << (B * Field)));
       else
-        u[i] = unpack<B1, P, S1>(x);
+        u[v] = unpack<B, Field, S>(x[v]);
     }
-    const int c = (chain + P) % C;
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const Reg av = broadcast(a + r * pitch + 4 * P);
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) acc[r][c][i] =
-          dot < kInPlace ? 8 : B1 > (acc[r][c][i], u[i], av);
+      const Reg av = broadcast(a + r * pitch + 4 * Field);
+      LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[c][r][v] =
+          dot<kCodeBits>(sums[c][r][v], u[v], av);
     }
-    if constexpr (P + 1 < 8 / B1) stream_planes<B1, S1, P + 1, kInPlace>(acc, w, a, pitch, chain);
+    if constexpr (Field + 1 < P) add_step<Step, Field + 1>(x, a, pitch);
   }
 
-  // The sum of all chains from C0 on.
-  template <int B1, int S1, bool kInPlace, int C, int C0>
-  static LOWBIT_INLINE Reg chains(const Reg (&acc)[C][kRegs], int i) {
-    Reg v = acc[C0][i];
-    if constexpr (kInPlace) v = shift_left<S1>(shift_right<B1*(C0 % (8 / B1))>(v));
-    if constexpr (C0 + 1 < C) v = add(v, chains<B1, S1, kInPlace, C, C0 + 1>(acc, i));
-    return v;
+  template <int First = 0>
+  LOWBIT_INLINE Reg total(int r, int v) const {
+    Reg sum = sums[First][r][v];
+    if constexpr (kInPlace) sum = shift_left<S>(shift_right<B*(First % P)>(sum));
+    if constexpr (First + 1 < C) sum = add(sum, total<First + 1>(r, v));
+    return sum;
   }
 };
 
-// --- xnor: bits differ ---------------------------------------------------------------------------
+constexpr int power_of_two(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1; }
+
+template <int B, int S>
+struct Dot {
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs;
+    using Sums = Chains<B, S, MR, V, power_of_two(kChainSums / (MR * V))>;
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+      const int8_t* a = t.codes;
+      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      const int64_t end = first + steps;
+      const int fetch = t.fetch;
+      Sums sums;
+      const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
+        Reg x[V];
+        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        sums.template add_step<decltype(index)::value>(x, a + s * (32 / B), pitch);
+      };
+      int64_t s = first;
+      for (; s + Sums::U <= end; s += Sums::U) {
+        step(s, IntConstant<0>{});
+        if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
+        if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
+        if constexpr (Sums::U > 4) {
+          step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
+          step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+        }
+      }
+      if constexpr (Sums::U > 1)
+        for (; s < end; ++s) step(s, IntConstant<0>{});
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          out[r][v] = add(out[r][v], sums.total(r, v));
+    });
+  }
+};
+
+// --- xnor: bits that differ ----------------------------------------------------------------------
 
 template <bool Masked>
 struct Xnor {
-  template <int MR>
-  static void tile(const Tile& t) {
-    constexpr int V = kPanels * kRegs;
-    sum_groups<MR, V>(t, 0, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs;
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
       const uint32_t *bits = t.bits, *mask = t.mask;
-      const uint8_t *w = t.w, *next = t.next;
+      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
       const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
-      Reg acc[MR][V];
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-          acc[r][v] = zero();
+      const int fetch = t.fetch;
+      Reg count[MR][V];
+      clear(count);
       for (int64_t s = first; s < first + steps; ++s) {
         Reg x[V];
-        load_panels<kPanels>(w, next, stride, s, x);
-        count(acc, x, bits + s, mask + s, pitch);
+        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+          const Reg a = broadcast(reinterpret_cast<const int8_t*>(bits + r * pitch + s));
+          LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+            Reg d = bit_xor(x[v], a);
+            if constexpr (Masked)
+              d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch + s)));
+            count[r][v] = popcount_add(count[r][v], d);
+          }
+        }
       }
-      twice(acc, sum);
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          out[r][v] = add(out[r][v], shift_left<1>(count[r][v]));
     });
-  }
-
-  template <int MR>
-  static void stream(const Tile& t, int panel) {
-    sum_groups<MR, kRegs>(t, panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][kRegs]) {
-      const uint32_t *bits = t.bits, *mask = t.mask;
-      const uint8_t* w = t.w + panel * t.panel_stride;
-      const ptrdiff_t pitch = t.pitch;
-      Reg acc[MR][kRegs];
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
-          acc[r][i] = zero();
-      for (int64_t s = first; s < first + steps; ++s) {
-        Reg x[kRegs];
-        __builtin_prefetch(w + (s + kPrefetchSteps) * kVectorBytes);
-        load_panels<1>(w, nullptr, 0, s, x);
-        count(acc, x, bits + s, mask + s, pitch);
-      }
-      twice(acc, sum);
-    });
-  }
-
- private:
-  template <int MR, int V>
-  static LOWBIT_INLINE void count(Reg (&acc)[MR][V], const Reg (&x)[V], const uint32_t* bits,
-                                  const uint32_t* mask, ptrdiff_t pitch) {
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const Reg av = broadcast(reinterpret_cast<const int8_t*>(bits + r * pitch));
-      LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-        Reg d = bit_xor(x[v], av);
-        if constexpr (Masked)
-          d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch)));
-        acc[r][v] = popcount_add(acc[r][v], d);
-      }
-    }
-  }
-
-  template <int MR, int V>
-  static LOWBIT_INLINE void twice(const Reg (&acc)[MR][V], Reg (&sum)[MR][V]) {
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] =
-        add(sum[r][v], shift_left<1>(acc[r][v]));
   }
 };
 
@@ -214,13 +174,23 @@ LOWBIT_INLINE void with_rows(int rows, Call call) {
   call(IntConstant<High>{});
 }
 
+// The fewest rows of one of several tiles: more rows than kTallMr, shared evenly among tiles of
+// kMr.
+constexpr int kFewest = (kTallMr + 1) / ((kTallMr + kMr) / kMr);
+
 template <class Op>
 void run(const Tile& t) {
-  if (!t.stream && t.panels == kPanels && t.rows >= kMr / 2)
-    return with_rows<kMr / 2, kMr>(t.rows,
-                                   [&](auto mr) { Op::template tile<decltype(mr)::value>(t); });
-  for (int p = 0; p < t.panels; ++p)
-    with_rows<1, kMr>(t.rows, [&](auto mr) { Op::template stream<decltype(mr)::value>(t, p); });
+  if (!t.tall && t.panels == kPanels)
+    return with_rows<kFewest, kMr>(
+        t.rows, [&](auto mr) { Op::template panels<decltype(mr)::value, kPanels>(t, 0); });
+  with_rows<1, kTallMr>(t.rows, [&](auto mr) {
+    constexpr int kRows = decltype(mr)::value;
+    int p = 0;
+    for (; p + kTallPanels <= t.panels; p += kTallPanels)
+      Op::template panels<kRows, kTallPanels>(t, p);
+    if constexpr (kTallPanels > 1)
+      for (; p < t.panels; ++p) Op::template panels<kRows, 1>(t, p);
+  });
 }
 
 void xnor_any(const Tile& t) { return t.mask ? run<Xnor<true>>(t) : run<Xnor<false>>(t); }

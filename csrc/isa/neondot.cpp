@@ -13,8 +13,8 @@
 #include "begin.inl"
 
 using Reg = int32x4_t;
-constexpr int kRegs = 4, kMr = 4, kPanels = 1;
-constexpr int kStreamSums = 16;
+constexpr int kRegs = 4, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1;
+constexpr int kChainSums = 16;
 constexpr bool kMaskInPlace = false;  // sdot: codes below 128
 
 inline Reg zero() { return vdupq_n_s32(0); }

@@ -6,7 +6,7 @@
 struct Reg {
   uint32_t lane[16];
 };
-constexpr int kRegs = 1, kMr = 4, kPanels = 1, kStreamSums = 1;
+constexpr int kRegs = 1, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1, kChainSums = 1;
 constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return Reg{}; }

@@ -4,7 +4,7 @@
 #define LOWBIT_JOIN2(a, b) a##b
 #define LOWBIT_JOIN(a, b) LOWBIT_JOIN2(a, b)
 
-static_assert(kMr % 2 == 0, "an int16 row is two rows of a tile");
+static_assert(kMr % 2 == 0 && kTallMr % 2 == 0, "an int16 row is two rows of a tile");
 
 }  // namespace
 
@@ -13,6 +13,8 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     LOWBIT_STRING(LOWBIT_KERNEL_NAME),
     kMr,
     kNr,
+    kTallMr,
+    kTallPanels* kPanel,
     {
 #define X(name, bits, mul, add) run<Dot<bits, mul == 2 ? 1 : 0>>,
         LOWBIT_FORMATS(X)
