@@ -36,8 +36,9 @@ const float* padded(const float* from, int count, float* room) {
   return room;
 }
 
-// How far ahead the rows of one tile prefetch; measured, see README.md.
-constexpr int64_t kPrefetchSteps = 128;
+// How far ahead a tile that takes all rows prefetches: one or two rows wait for memory alone.
+// Measured, see README.md.
+constexpr int64_t prefetch_steps(int rows) { return rows <= 2 ? 128 : 64; }
 
 // Up to so many tall tiles, where reading the weights once or from the first cache counts most.
 constexpr int64_t kTallTiles = 2;
@@ -141,7 +142,8 @@ class Block {
     const int64_t panels = width_ / kPanel, each = ceil_div(panels, tiles_);
     const int64_t first = tiles_ >= panels ? index - (tiles_ - panels) : index * each;
     tile_.fetch = static_cast<int>(first < 0 ? 0 : std::clamp<int64_t>(panels - first, 0, each));
-    ahead_ = tiles_ == 1 ? kPrefetchSteps * kVectorBytes : (panels + first) * tile_.panel_stride;
+    ahead_ = tiles_ == 1 ? prefetch_steps(tile_.rows) * kVectorBytes
+                         : (panels + first) * tile_.panel_stride;
   }
 
   void set_operands(int64_t first, int64_t step, int64_t chunk) {

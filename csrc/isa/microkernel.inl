@@ -178,6 +178,9 @@ LOWBIT_INLINE void with_rows(int rows, Call call) {
 // kMr.
 constexpr int kFewest = (kTallMr + 1) / ((kTallMr + kMr) / kMr);
 
+// So few rows wait for memory: they take one panel after the other, in the order of the memory.
+constexpr int kStreamRows = 2;
+
 template <class Op>
 void run(const Tile& t) {
   if (!t.tall && t.panels == kPanels)
@@ -186,9 +189,10 @@ void run(const Tile& t) {
   with_rows<1, kTallMr>(t.rows, [&](auto mr) {
     constexpr int kRows = decltype(mr)::value;
     int p = 0;
-    for (; p + kTallPanels <= t.panels; p += kTallPanels)
-      Op::template panels<kRows, kTallPanels>(t, p);
-    if constexpr (kTallPanels > 1)
+    if constexpr (kRows > kStreamRows)
+      for (; p + kTallPanels <= t.panels; p += kTallPanels)
+        Op::template panels<kRows, kTallPanels>(t, p);
+    if constexpr (kRows <= kStreamRows || kTallPanels > 1)
       for (; p < t.panels; ++p) Op::template panels<kRows, 1>(t, p);
   });
 }
