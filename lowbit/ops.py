@@ -53,7 +53,7 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
         x = x.to(_float32)
     if not x.is_contiguous() or x.is_neg():
         x = x.resolve_neg().contiguous()
-    y = x.new_empty((*shape[:-1], w.out_features))
+    y = x.new_empty(*shape[:-1], w.out_features)  # sizes one by one are parsed sooner than a tuple
     size = y.numel()
     if size:
         if w.depth:

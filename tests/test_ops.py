@@ -270,5 +270,5 @@ def test_a_torch_without_the_internals_gets_the_dispatcher(monkeypatch):
     assert missing()
     x = torch.zeros(1)
     assert inputs.runs_directly(x)
-    monkeypatch.setattr(inputs, "_profiler", missing)
+    monkeypatch.setattr(inputs, "QUESTIONS", (*inputs.QUESTIONS, missing))
     assert not inputs.runs_directly(x)
