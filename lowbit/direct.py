@@ -61,10 +61,12 @@ def prepare_conv2d(
 
 
 def _can_prepare(w: PackedWeight) -> bool:
-    ordinary = (Tensor, torch.nn.Parameter, type(None))
+    ordinary = (Tensor, torch.nn.Parameter)
     return (
         _bound
         and bool(w.out_features and w.depth)
-        and all(type(tensor) in ordinary for tensor in w.tensors)
-        and all(address or tensor is None for tensor, address in zip(w.tensors, w.operands[-5:]))
+        and all(
+            tensor is None or (type(tensor) in ordinary and address)
+            for tensor, address in zip(w.tensors, w.addresses, strict=True)
+        )
     )

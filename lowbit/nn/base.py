@@ -13,7 +13,7 @@ from lowbit.formats import FORMATS
 from lowbit.inputs import check_tensor, runs_directly
 from lowbit.nn.floats import autocast
 from lowbit.nn.loading import format_version, state_problems
-from lowbit.packed import PackedWeight, Tensors, tensor_shapes
+from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
 
@@ -263,22 +263,15 @@ class QuantizedLayer(nn.Module):
 
     def _is_current(self, checked: PackedWeight) -> bool:
         """Whether the operands are those that were checked, where no prepared call can tell."""
+        if self._parameters:  # one of the tensors may have become one
+            return False
         buffers = self._buffers
-        packed, scale, group_scale, group_zero, bias = checked.tensors
-        addresses = checked.operands[-5:]
-        return (
-            not self._parameters  # a tensor may have become one
-            and buffers.get("weight_packed") is packed
-            and buffers.get("weight_scale") is scale
-            and buffers.get("weight_group_scale") is group_scale
-            and buffers.get("weight_group_zero") is group_zero
-            and buffers.get("bias") is bias
-            and packed.data_ptr() == addresses[0]
-            and scale.data_ptr() == addresses[1]
-            and (group_scale is None or group_scale.data_ptr() == addresses[2])
-            and (group_zero is None or group_zero.data_ptr() == addresses[3])
-            and (bias is None or bias.data_ptr() == addresses[4])
-        )
+        for name, tensor, address in zip(NAMES, checked.tensors, checked.addresses, strict=True):
+            if buffers.get(name) is not tensor or (
+                tensor is not None and tensor.data_ptr() != address
+            ):
+                return False
+        return True
 
     def _refuse_training(self, x: Tensor) -> None:
         if x.requires_grad and self.training and torch.is_grad_enabled():
