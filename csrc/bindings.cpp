@@ -98,9 +98,10 @@ py::object owned(PyObject* result) {
 }
 
 bool call_bind_torch(const py::object& tensor_type, const py::object& parameter_type,
-                     const py::object& get_num_threads, const py::tuple& questions) {
-  const int bound =
-      bind_torch(tensor_type.ptr(), parameter_type.ptr(), get_num_threads.ptr(), questions.ptr());
+                     const py::object& float32, const py::object& get_num_threads,
+                     const py::tuple& questions) {
+  const int bound = bind_torch(tensor_type.ptr(), parameter_type.ptr(), float32.ptr(),
+                               get_num_threads.ptr(), questions.ptr());
   if (bound < 0) throw py::error_already_set();
   return bound == 1;
 }
@@ -317,8 +318,8 @@ PYBIND11_MODULE(_core, m) {
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
         "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true);
 
-  m.def("bind_torch", &call_bind_torch, "tensor_type"_a, "parameter_type"_a, "get_num_threads"_a,
-        "questions"_a);
+  m.def("bind_torch", &call_bind_torch, "tensor_type"_a, "parameter_type"_a, "float32"_a,
+        "get_num_threads"_a, "questions"_a);
   m.def("direct_linear", &direct_linear, "tensors"_a, "settings"_a, "format"_a, "activation"_a,
         "n"_a, "k"_a, "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a,
         "bias"_a);

@@ -23,7 +23,7 @@ struct DataType {
   }
 };
 
-constexpr DataType kFloat32{2, 32, 1};
+constexpr DataType kFloat32{2, 32, 1}, kFloat16{2, 16, 1}, kBfloat16{4, 16, 1}, kFloat64{2, 64, 1};
 constexpr int32_t kCpu = 1;
 
 struct View {
@@ -50,8 +50,8 @@ struct ExchangeTable {
 // --- What is needed of torch ---------------------------------------------------------------------
 
 struct Torch {
-  PyObject *tensor_type, *parameter_type, *get_num_threads, *questions;
-  PyObject *new_empty, *new_empty_strided, *is_neg;  // methods of Tensor
+  PyObject *tensor_type, *parameter_type, *float32, *get_num_threads, *questions;
+  PyObject *new_empty, *new_empty_strided, *is_neg, *to;  // methods of Tensor
   decltype(ExchangeTable::view) view;
 };
 Torch torch{};  // set once, under the GIL; never released: torch is not unloaded
@@ -59,7 +59,7 @@ Torch torch{};  // set once, under the GIL; never released: torch is not unloade
 // Names of attributes and buffers, interned.
 constexpr int kTensors = 5;
 struct Names {
-  PyObject *buffers, *training, *requires_grad, *tensors[kTensors];
+  PyObject *buffers, *training, *requires_grad, *dtype, *tensors[kTensors];
 } names{};
 
 bool intern(PyObject*& name, const char* text) {
@@ -68,7 +68,7 @@ bool intern(PyObject*& name, const char* text) {
 
 bool intern_names() {
   return intern(names.buffers, "_buffers") && intern(names.training, "training") &&
-         intern(names.requires_grad, "requires_grad") &&
+         intern(names.requires_grad, "requires_grad") && intern(names.dtype, "dtype") &&
          intern(names.tensors[0], "weight_packed") && intern(names.tensors[1], "weight_scale") &&
          intern(names.tensors[2], "weight_group_scale") &&
          intern(names.tensors[3], "weight_group_zero") && intern(names.tensors[4], "bias");
@@ -135,9 +135,9 @@ bool is_dense(const View& v, const int* order) {
 bool is_contiguous(const View& v) { return !v.strides || is_dense(v, nullptr); }
 
 int64_t numel(const View& v) {
-  int64_t count = 1;
-  for (int i = 0; i < v.ndim; ++i) count *= v.shape[i];
-  return count;
+  uint64_t count = 1;  // of a tensor without elements the other sizes may overflow
+  for (int i = 0; i < v.ndim; ++i) count *= static_cast<uint64_t>(v.shape[i]);
+  return static_cast<int64_t>(count);
 }
 
 // --- The callable --------------------------------------------------------------------------------
@@ -282,7 +282,8 @@ PyObject* new_image(PyObject* x, const Conv2dGeometry& g) {
   return PyObject_Vectorcall(torch.new_empty, arguments, 5, nullptr);
 }
 
-PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in) {
+// `given` decides the memory format of the output: x before it was converted.
+PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in, const View& given) {
   Conv2dGeometry g = self.conv2d.geometry;
   if (in.ndim != 4 || in.shape[1] != g.channels || numel(in) == 0) return decline();
   g.batch = in.shape[0];
@@ -299,7 +300,7 @@ PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in) {
   constexpr int kNhwc[] = {0, 2, 3, 1};
   g.x_channels_last = !(is_contiguous(in) && self.activation != Activation::binary);
   if (g.x_channels_last && !is_dense(in, kNhwc)) return decline();
-  g.y_channels_last = suggests_channels_last(in);
+  g.y_channels_last = suggests_channels_last(given);
 
   Owned y(new_image(x, g));
   View out;
@@ -313,6 +314,31 @@ PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in) {
   return done ? y.release() : nullptr;
 }
 
+bool is_float(const DataType& t) {
+  return t == kFloat32 || t == kBfloat16 || t == kFloat16 || t == kFloat64;
+}
+
+PyObject* convert(PyObject* x, PyObject* dtype) {
+  PyObject* arguments[] = {x, dtype};
+  return PyObject_Vectorcall(torch.to, arguments, 2, nullptr);
+}
+
+PyObject* float32_call(const Direct& self, PyObject* x, const View& in, const View& given) {
+  return self.is_conv2d ? conv2d_call(self, x, in, given) : linear_call(self, x, in);
+}
+
+// Through float32 and back, for the other dtypes.
+PyObject* converted_call(const Direct& self, PyObject* x, const View& given) {
+  Owned dtype(PyObject_GetAttr(x, names.dtype));
+  Owned x32(convert(x, torch.float32));
+  View in;
+  if (!dtype.object || !x32.object) return nullptr;
+  if (!is_tensor(x32.object) || !read(x32.object, in)) return decline();
+  Owned y(float32_call(self, x32.object, in, given));
+  if (!y.object || y.object == Py_None) return y.release();
+  return convert(y.object, dtype.object);
+}
+
 PyObject* direct_call(PyObject* object, PyObject* const* arguments, size_t flags,
                       PyObject* keywords) {
   const Direct& self = *reinterpret_cast<const Direct*>(object);
@@ -322,7 +348,7 @@ PyObject* direct_call(PyObject* object, PyObject* const* arguments, size_t flags
   }
   PyObject *const x = arguments[0], *const attributes = arguments[1];
   View in;
-  if (!is_tensor(x) || !read(x, in) || !(in.dtype == kFloat32) || !in.data) return decline();
+  if (!is_tensor(x) || !read(x, in) || !is_float(in.dtype) || !in.data) return decline();
   if (const int intercepted = is_intercepted()) return intercepted < 0 ? nullptr : decline();
   if (!is_same_layer(self, attributes)) return decline();
   if (PyDict_GetItemWithError(attributes, names.training) != Py_False)
@@ -330,7 +356,7 @@ PyObject* direct_call(PyObject* object, PyObject* const* arguments, size_t flags
       return wanted < 0 ? nullptr : decline();
   if (const int negated = is_true(PyObject_CallOneArg(torch.is_neg, x)))
     return negated < 0 ? nullptr : decline();
-  return self.is_conv2d ? conv2d_call(self, x, in) : linear_call(self, x, in);
+  return in.dtype == kFloat32 ? float32_call(self, x, in, in) : converted_call(self, x, in);
 }
 
 PyObject* direct_matches(PyObject* object, PyObject* attributes) {
@@ -384,8 +410,8 @@ PyTypeObject* direct_type() {
 
 }  // namespace
 
-int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* get_num_threads,
-               PyObject* questions) {
+int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* float32,
+               PyObject* get_num_threads, PyObject* questions) {
   Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   if (!capsule.object) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
@@ -404,14 +430,18 @@ int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* get_nu
   }
   Torch bound{tensor_type,
               parameter_type,
+              float32,
               get_num_threads,
               questions,
               PyObject_GetAttrString(tensor_type, "new_empty"),
               PyObject_GetAttrString(tensor_type, "new_empty_strided"),
               PyObject_GetAttrString(tensor_type, "is_neg"),
+              PyObject_GetAttrString(tensor_type, "to"),
               reinterpret_cast<ExchangeTable*>(header)->view};
-  if (!bound.new_empty || !bound.new_empty_strided || !bound.is_neg || !intern_names()) return -1;
-  for (PyObject* kept : {tensor_type, parameter_type, get_num_threads, questions}) Py_INCREF(kept);
+  if (!bound.new_empty || !bound.new_empty_strided || !bound.is_neg || !bound.to || !intern_names())
+    return -1;
+  for (PyObject* kept : {tensor_type, parameter_type, float32, get_num_threads, questions})
+    Py_INCREF(kept);
   torch = bound;
   return 1;
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -80,6 +81,7 @@ class Direct:
 def bind_torch(
     tensor_type: type,
     parameter_type: type,
+    float32: torch.dtype,
     get_num_threads: Callable[[], int],
     questions: tuple[Callable[[], Any], ...],
 ) -> bool: ...

@@ -1,8 +1,8 @@
 """Prepared calls: what a layer's first call found out, kept for the next ones.
 
 A prepared call is an object of the extension that holds a layer's checked operands. It takes the
-layer's usual input (float32, contiguous or channels_last) from Python to the kernel without a step
-in between, after making sure that neither the operands nor the settings have changed; anything
+layer's usual input (contiguous or channels_last) from Python to the kernel without a step in
+between, after making sure that neither the operands nor the settings have changed; anything
 else it declines, and the layer's own code takes over. It needs torch's DLPack exchange table
 (torch 2.10 and later); without it, layers have no prepared calls.
 """
@@ -19,7 +19,9 @@ from lowbit import _core
 from lowbit.inputs import QUESTIONS
 from lowbit.packed import PackedWeight
 
-_bound = _core.bind_torch(Tensor, torch.nn.Parameter, torch.get_num_threads, QUESTIONS)
+_bound = _core.bind_torch(
+    Tensor, torch.nn.Parameter, torch.float32, torch.get_num_threads, QUESTIONS
+)
 
 _MOST = 1 << 24  # beyond any image: no sum of sizes can overflow
 

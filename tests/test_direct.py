@@ -126,6 +126,29 @@ def test_plain_inputs_of_every_origin():
     assert expected.same_bits(answer(layer, one), want[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.to(memory_format=torch.channels_last)])
+def test_dtypes(dtype, change):
+    layer, x = linear_and_input()
+    for view in (x, x[0], torch.cat([x, x], 1)[:, ::2]):
+        given = view.to(dtype)
+        want = layer(given)
+        y = answer(layer, given)
+        assert y.dtype == dtype
+        assert expected.same_bits(y, want)
+        assert expected.same_bits(y, oracle_of(layer, given))
+    layer, x = conv_and_input()
+    x = change(x).to(dtype)
+    with torch.no_grad():
+        want = nn.Conv2d(6, 10, 3, padding=1, dtype=dtype)(x)
+    layer(x)
+    y = answer(layer, x)
+    assert expected.same_bits(y, oracle_of(layer, x))
+    assert y.stride() == want.stride()
+    wanting = x.clone().requires_grad_()
+    assert not answer(layer, wanting).requires_grad
+
+
 def test_threads_and_default_dtype_and_released_gil():
     layer = Linear.from_float(nn.Linear(1024, 512).eval(), "w8a8")
     x = torch.randn(64, 1024)
@@ -161,9 +184,8 @@ def without_memory(x):
         lambda x: None,
         lambda x: 3.0,
         lambda x: x.numpy(),
-        lambda x: x.double(),
-        lambda x: x.bfloat16(),
         lambda x: x.int(),
+        lambda x: x.to(torch.float8_e4m3fn),
         lambda x: x.to(torch.complex64),
         lambda x: x.to("meta"),
         lambda x: x.to_sparse(),
@@ -172,6 +194,7 @@ def without_memory(x):
         lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
         lambda x: x.as_subclass(Subclass),
         lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
+        lambda x: torch.complex(torch.zeros_like(x), -x).to(torch.complex128).conj().imag,
         lambda x: torch._efficientzerotensor(x.shape),
         lambda x: x[:0],
         lambda x: x[..., :-1],
@@ -301,7 +324,8 @@ def test_only_the_operands_that_were_checked():
     [(int, ()), (type("Other", (), {"__dlpack_c_exchange_api__": None}), ())],
 )
 def test_a_torch_without_an_exchange_table(tensor_type, questions):
-    assert not _core.bind_torch(tensor_type, tensor_type, torch.get_num_threads, questions)
+    bind = (tensor_type, tensor_type, torch.float32, torch.get_num_threads, questions)
+    assert not _core.bind_torch(*bind)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
