@@ -35,6 +35,7 @@ struct View {
   int64_t* strides;  // in elements; null: contiguous
   uint64_t byte_offset;
 };
+static_assert(sizeof(void*) != 8 || sizeof(View) == 48, "DLTensor's layout");
 
 struct Header {
   uint32_t major, minor;

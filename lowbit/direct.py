@@ -19,7 +19,8 @@ from lowbit import _core
 from lowbit.inputs import QUESTIONS
 from lowbit.packed import PackedWeight
 
-_bound = _core.bind_torch(
+# torch's own table: other packages give one to an older torch, and what it does is theirs.
+_bound = hasattr(torch._C, "_dlpack_exchange_api") and _core.bind_torch(
     Tensor, torch.nn.Parameter, torch.float32, torch.get_num_threads, QUESTIONS
 )
 

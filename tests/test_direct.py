@@ -341,14 +341,14 @@ torch.set_num_threads(2)
 status = open("/proc/self/statm").read().split()
 used = int(status[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
-for call in (lambda: layer._direct(x, layer.__dict__), lambda: layer(x), lambda: layer(x.double())):
+for call in (lambda: layer._direct(x, layer.__dict__), lambda: layer(x)):
     try:
         call()
-    except (MemoryError, RuntimeError) as error:
-        print(type(error).__name__)
+    except MemoryError:
+        print("MemoryError")
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["MemoryError", "MemoryError"]
+    assert result.stdout.split() == ["MemoryError", "MemoryError"]
