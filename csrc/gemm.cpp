@@ -27,6 +27,16 @@ Depth::Chunk Depth::chunk(int64_t group, int64_t index) const {
   return {first / depth_, ceil_div(last - first, depth_), first, last - first};
 }
 
+void Depth::sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const {
+  if (k_ == 0) *sums = 0;
+  if (chunks_per_group == 1) return kernel.sum_groups(codes, k_, group_k_, sums);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = 0; i < chunks_per_group; ++i) {
+      const Chunk c = chunk(g, i);
+      kernel.sum_groups(codes + c.k, c.size, std::max<int64_t>(c.size, 1), sums++);
+    }
+}
+
 namespace {
 
 // `count` floats that may be read up to a multiple of 16: copied to `room` where they end earlier.
@@ -99,12 +109,8 @@ class Block {
     packed_ = weights_.packed + c0 / kPanel * tile_.panel_stride;
     tile_.scale = padded(weights_.scale + c0, cols_, scale_);
     tile_.bias = weights_.bias ? padded(weights_.bias + c0, cols_, bias_) : bias_;
-    if (group_scale_)
-      kernel_.expand_groups(weights_.group_scale + c0 * depth_.groups, cols_, depth_.groups,
-                            group_scale_);
-    if (group_zero_)
-      kernel_.expand_groups(weights_.group_zero + c0 * depth_.groups, cols_, depth_.groups,
-                            group_zero_);
+    if (group_scale_) expand(weights_.group_scale, group_scale_);
+    if (group_zero_) expand(weights_.group_zero, group_zero_);
     return count;
   }
 
@@ -128,6 +134,16 @@ class Block {
   }
 
  private:
+  // The block's columns of a float16 matrix [n][groups]; the next block's are fetched.
+  void expand(const uint16_t* from, float* to) const {
+    constexpr int64_t kMost = 256, kLine = 64 / sizeof(*from);
+    const int64_t size = cols_ * depth_.groups;
+    from += c0_ * depth_.groups;
+    kernel_.expand_groups(from, cols_, depth_.groups, to);
+    for (int64_t i = 0; i < std::min(ceil_div(size, kLine), kMost); ++i)
+      __builtin_prefetch(from + size + i * kLine);
+  }
+
   // Whether a group's sum stays within int32: one chunk, and of int16 activations 256 * hi + lo.
   bool fits_tile() const {
     if (depth_.chunks_per_group > 1) return false;

@@ -22,6 +22,9 @@ struct Depth {
   Chunk chunk(int64_t group, int64_t index) const;
   int64_t chunks() const { return groups * chunks_per_group; }
 
+  // sums[i] = the sum of the codes of chunk i.
+  void sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const;
+
   int64_t groups;
   int64_t chunks_per_group;  // 1, but for a K or a group above kChunk
   int64_t steps;             // of a whole panel

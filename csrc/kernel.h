@@ -77,7 +77,8 @@ struct Kernel {
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
   void (*binarize_bits)(const float* x, int64_t n,
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
-  int32_t (*sum)(const int8_t* q, int64_t n);
+  // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
+  void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
   // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
   // channels last.
   void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);
@@ -94,7 +95,8 @@ struct Kernel {
                  const float* bias, float* y, ptrdiff_t y_pitch);
   // y[c * y_pitch + r] = x[r * cols + c]: a block of pixels to channels first
   void (*transpose)(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch);
-  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to nr are zeroed
+  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are
+  // zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
 
   // How well the nearest codes in [low, high] fit x at a scale, over i with mask[i] = 1 (it is 0

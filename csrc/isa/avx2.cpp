@@ -29,6 +29,10 @@ inline void opaque(Reg& v) { asm volatile("" : "+x"(v)); }
 using FloatReg = __m256;
 inline FloatReg to_float(Reg v) { return _mm256_cvtepi32_ps(v); }
 inline FloatReg float_load(const float* p) { return _mm256_loadu_ps(p); }
+// Exact, and subnormals are not flushed whatever the mode.
+inline FloatReg half_load(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void float_store(float* p, FloatReg v) { _mm256_storeu_ps(p, v); }
 inline FloatReg float_splat(float x) { return _mm256_set1_ps(x); }
 inline FloatReg float_broadcast(const float* p) { return _mm256_broadcast_ss(p); }

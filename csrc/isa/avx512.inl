@@ -23,6 +23,10 @@ inline void opaque(Reg& v) { asm volatile("" : "+v"(v)); }
 using FloatReg = __m512;
 inline FloatReg to_float(Reg v) { return _mm512_cvtepi32_ps(v); }
 inline FloatReg float_load(const float* p) { return _mm512_loadu_ps(p); }
+// Exact, and subnormals are not flushed whatever the mode.
+inline FloatReg half_load(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline void float_store(float* p, FloatReg v) { _mm512_storeu_ps(p, v); }
 inline FloatReg float_splat(float x) { return _mm512_set1_ps(x); }
 inline FloatReg float_broadcast(const float* p) { return _mm512_set1_ps(*p); }

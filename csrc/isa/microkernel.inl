@@ -15,8 +15,8 @@
 //   bit_xor(a, b) bit_and(a, b) add(a, b) sub(a, b): the last two on lanes
 //   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
-//   to_float(v) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x) multiply(a, b)
-//   fmadd(a, b, c) opaque_float(v)
+//   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
+//   multiply(a, b) fmadd(a, b, c) opaque_float(v)
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
@@ -199,16 +199,35 @@ void run(const Tile& t) {
 
 void xnor_any(const Tile& t) { return t.mask ? run<Xnor<true>>(t) : run<Xnor<false>>(t); }
 
-int32_t sum_codes(const int8_t* q, int64_t n) {
-  Reg acc = zero();
+// lanes[i] = q[4i] + .. + q[4i + 3], for n codes and zeros up to a multiple of 64.
+inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
+  const auto add = [&](const int8_t* from, int64_t at) {
+    for (int i = 0; i < kRegs; ++i)
+      store(lanes + at / 4 + i * kLanes,
+            dot<1>(zero(), bytes(1), load(reinterpret_cast<const uint8_t*>(from) + i * kRegBytes)));
+  };
   int64_t i = 0;
-  for (; i + kRegBytes <= n; i += kRegBytes)
-    acc = dot<1>(acc, bytes(1), load(reinterpret_cast<const uint8_t*>(q + i)));
-  int32_t lanes[kLanes], s = 0;
-  store(lanes, acc);
-  for (int32_t lane : lanes) s += lane;
-  for (; i < n; ++i) s += q[i];
-  return s;
+  for (; i + kVectorBytes <= n; i += kVectorBytes) add(q + i, i);
+  if (i == n) return;
+  int8_t last[kVectorBytes] = {};
+  __builtin_memcpy(last, q + i, static_cast<size_t>(n - i));
+  add(last, i);
+}
+
+// Groups are multiples of 32, or all there is.
+void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
+  constexpr int64_t kBlock = 4096;
+  int32_t lanes[kBlock / 4];
+  for (int64_t first = 0; first < n; first += group, ++out) {
+    const int64_t end = first + group < n ? first + group : n;
+    int32_t s = 0;
+    for (int64_t at = first; at < end; at += kBlock) {
+      const int64_t count = end - at < kBlock ? end - at : kBlock;
+      sum_quads(q + at, count, lanes);
+      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
+    }
+    *out = s;
+  }
 }
 
 #include "depthwise.inl"

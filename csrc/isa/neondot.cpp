@@ -30,6 +30,9 @@ inline void opaque(Reg& v) { asm volatile("" : "+w"(v)); }
 using FloatReg = float32x4_t;
 inline FloatReg to_float(Reg v) { return vcvtq_f32_s32(v); }
 inline FloatReg float_load(const float* p) { return vld1q_f32(p); }
+inline FloatReg half_load(const uint16_t* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
 inline void float_store(float* p, FloatReg v) { vst1q_f32(p, v); }
 inline FloatReg float_splat(float x) { return vdupq_n_f32(x); }
 inline FloatReg float_broadcast(const float* p) { return vld1q_dup_f32(p); }

@@ -42,6 +42,22 @@ inline FloatReg float_load(const float* p) {
   __builtin_memcpy(&v, p, 64);
   return v;
 }
+// float16 to float32, exactly, infinities and NaN included; float16's subnormals by way of
+// integers, so that flushing those of float32 changes nothing.
+inline FloatReg half_load(const uint16_t* p) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t magnitude = static_cast<uint32_t>(p[i] & 0x7fff) << 13;
+    const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000) << 16;
+    const uint32_t offset = magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u;
+    const float small = static_cast<float>(p[i] & 0x3ff) * 0x1p-24f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &small, 4);
+    bits = sign | (magnitude < 0x00800000u ? bits : magnitude + offset);
+    __builtin_memcpy(&out.lane[i], &bits, 4);
+  }
+  return out;
+}
 inline void float_store(float* p, const FloatReg& v) { __builtin_memcpy(p, &v, 64); }
 inline FloatReg to_float(const Reg& v) {
   FloatReg out;

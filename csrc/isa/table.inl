@@ -29,7 +29,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     quantize16,
     binarize,
     binarize_bits,
-    sum_codes,
+    sum_codes_of_groups,
     transpose4,
     to_float,
     widen,
