@@ -52,10 +52,12 @@ void check_random(Lcg& draw, Format format, Activation activation, int64_t m, in
 }  // namespace
 
 TEST_CASE("any number of rows") {
-  // 1 to a little more than two tiles, whatever the tile of the ISA.
+  // 1 to a little more than two tall tiles, whatever the tile of the ISA; channels that leave one
+  // panel over, and three.
   for_each_pair([](Format format, Activation activation) {
     Lcg draw(11);
-    for (int64_t m = 1; m <= 17; ++m) check_random(draw, format, activation, m, 65, 71);
+    for (int64_t m = 1; m <= 31; ++m)
+      check_random(draw, format, activation, m, draw.one_in(2) ? 65 : 100, 71);
   });
 }
 
@@ -120,6 +122,24 @@ TEST_CASE("sums that leave int32 are exact") {
       }
     }
   });
+}
+
+TEST_CASE("int16 sums at the edge of int32") {
+  // Up to this depth 256 * hi + lo is combined in int32, beyond it in float64.
+  for (const FormatTraits& f : kFormats) {
+    const int64_t edge = INT32_MAX / (32896 * int64_t{f.largest()});
+    const auto format = static_cast<Format>(&f - kFormats);
+    for (int64_t k = edge - 1; k <= edge + 2; ++k)
+      for (Codes kind : {Codes::kLowest, Codes::kHighest}) {
+        Lcg draw(20);
+        const std::vector<uint8_t> codes = make_codes(draw, format, 17 * k, kind);
+        const GuardedWeights weights(draw, format, 17, k, codes, {0, false}, true, Edge::kEnd);
+        std::vector<float> x(static_cast<size_t>(2 * k), 3.0f);
+        for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(i)] = -3.0f;
+        check(describe(format, Activation::int16, 2, 17, k, {0, false}, true), x, 2, weights.get(),
+              Activation::int16, Edge::kEnd, {1});
+      }
+  }
 }
 
 TEST_CASE("every float16 as a group scale and as a group zero") {
