@@ -56,6 +56,7 @@ def measure(
     built: list[Candidate] = []
     with torch.inference_mode():
         reference = case.layer(case.x)
+        output_bytes = reference.nbytes
         for candidate in candidates:
             copies = max(1, -(-rotate_bytes // candidate.weight_bytes))
             found = _build(candidate, copies, case.x, reference)
@@ -69,8 +70,9 @@ def measure(
         timings: dict[str, Timing] = {}
         if sides:
             calls = _calls_per_round(sides)
+            pause = SPIN_SECONDS if ceilings.threads > 1 else 0.0
             timings = alternate(
-                _settled(sides, calls) if ceilings.threads > 1 else sides,
+                sides if rotate_bytes > 0 and not pause else _settled(sides, calls, pause),
                 budget_seconds=budget_seconds,
                 min_rounds=min_rounds,
                 calls_per_round=calls,
@@ -78,15 +80,29 @@ def measure(
     sides.clear()
     gc.collect()
     rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
-    return Group(case.op, case.shape, case.m, ceilings, rotate_bytes, rows, failed)
+    return Group(
+        case.op,
+        case.shape,
+        case.m,
+        ceilings,
+        rotate_bytes,
+        case.macs,
+        case.x.nbytes + output_bytes,
+        rows,
+        failed,
+    )
 
 
-def _settled(sides: dict[str, Callable[[], Any]], calls: int) -> dict[str, Callable[[], Any]]:
+def _settled(
+    sides: dict[str, Callable[[], Any]], calls: int, pause: float
+) -> dict[str, Callable[[], Any]]:
     """The same sides, each after a pause and an untimed call of its own.
 
     Threads of an engine go on spinning for milliseconds after its call, and would take the cores
     from the next one; after the pause the untimed call wakes that one's threads, as the layer
-    before does in a model. `calls` is how often every side is called in a round.
+    before does in a model. On any number of threads it brings weights that are not rotated back
+    into the caches, from which the other engines have pushed them. `calls` is how often every side
+    is called in a round.
     """
 
     def settle(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -94,7 +110,7 @@ def _settled(sides: dict[str, Callable[[], Any]], calls: int) -> dict[str, Calla
 
         def pause_and_call() -> None:
             if next(count) % calls == 0:  # once in a round
-                time.sleep(SPIN_SECONDS)
+                time.sleep(pause)
                 call()
 
         return pause_and_call
@@ -127,7 +143,12 @@ def _build(
     """Copies of a layer that have run once and their error, or why the layer cannot be had."""
     try:
         forwards = [candidate.build() for _ in range(copies)]
-        return forwards, max(relative_error(reference, forward(x)) for forward in forwards)
+        error = max(relative_error(reference, forward(x)) for forward in forwards)
+        if not error <= candidate.most_error:  # or NaN
+            raise ArithmeticError(
+                f"relative error {error:.3g}, at most {candidate.most_error} is this layer"
+            )
+        return forwards, error
     except Exception as error:  # an engine may refuse in any way
         return reason(error)
 
@@ -153,24 +174,49 @@ def _rows(
     rows = []
     for candidate in candidates:
         timing = timings[candidate.name]
-        macs = case.macs / timing.p50
         read = candidate.weight_bytes / timing.p50
-        peak = ceilings.macs_per_second(candidate.ceiling)
+        computing = None
+        if candidate.ceiling is not None:
+            peak = ceilings.macs_per_second(candidate.ceiling)
+            computing = case.macs * candidate.passes / peak
+        source, rate = ceilings.bytes_per_second(candidate.weight_bytes, from_memory)
+        reading = candidate.weight_bytes / rate
+        if candidate.ceiling is not None and (computing or 0.0) >= reading:
+            source = candidate.ceiling
+        peer = fastest_peer(candidate, candidates, timings) if candidate.own else None
         rows.append(
             Row(
                 name=candidate.name,
                 timing=timing,
                 versus_float32=ratio(float32, timing) if float32 else None,
                 versus_torch_int8=ratio(int8, timing) if int8 else None,
-                macs_per_second=macs,
-                fraction_of_peak=macs * candidate.passes / peak,
+                macs_per_second=case.macs / timing.p50,
+                fraction_of_peak=None if computing is None else computing / timing.p50,
                 bytes_per_second=read,
                 fraction_of_read=read / ceilings.read if from_memory else None,
                 weight_bytes=candidate.weight_bytes,
                 relative_error=errors[candidate.name],
+                own=candidate.own,
+                widths=candidate.widths,
+                activation_bits=candidate.activation_bits,
+                bound=source,
+                fraction_of_bound=max(computing or 0.0, reading) / timing.p50,
+                peer=peer.name if peer else None,
+                peer_rivals=peer is not None and candidate.rivals(peer),
+                versus_peer=ratio(timings[peer.name], timing) if peer else None,
             )
         )
     return rows
+
+
+def fastest_peer(
+    candidate: Candidate, candidates: list[Candidate], timings: dict[str, Timing]
+) -> Candidate | None:
+    """The quickest of the peers that offer a candidate's width; if none does, of the 8-bit ones."""
+    peers = [other for other in candidates if not other.own]
+    rivals = [other for other in peers if candidate.rivals(other)]
+    rivals = rivals or [other for other in peers if 8 in other.widths]
+    return min(rivals, key=lambda other: timings[other.name].p50, default=None)
 
 
 def _quickest(timings: dict[str, Timing], prefix: str) -> Timing | None:
