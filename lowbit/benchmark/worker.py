@@ -6,7 +6,6 @@ an engine's C code writes to standard output goes to standard error.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -31,8 +30,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _options(given: dict[str, Any]) -> Options:
     """JSON knows no tuples."""
-    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return dataclasses.replace(Options(), **tuples)
+    tuples: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in given.items()
+    }
+    return Options(**tuples)
 
 
 if __name__ == "__main__":

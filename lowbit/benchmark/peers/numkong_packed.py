@@ -2,7 +2,8 @@
 
 It multiplies integers; what makes a linear layer of that (quantizing a row, scales, bias) is done
 here with torch and NumPy, as a user of the package would have to, and is in the time. It has no
-threads of its own: rows are shared among Python threads, as its documentation advises.
+threads of its own: rows are shared among Python threads, as its documentation advises. (It brings
+an OpenMP runtime beside torch's, which these functions do not start.)
 """
 
 from __future__ import annotations
