@@ -23,6 +23,10 @@ MAX_COPIES = 256
 SPIN_SECONDS = 0.01
 """How long to wait for the threads of another engine's pool to go to sleep."""
 
+LONG_SECONDS = 0.02
+"""A call of so many seconds needs no untimed call before it: threads wake in microseconds, and
+weights are read in a millisecond or two."""
+
 
 def measure(
     case: Case,
@@ -69,10 +73,12 @@ def measure(
             del found, forwards  # they hold the copies of the weights
         timings: dict[str, Timing] = {}
         if sides:
-            calls = _calls_per_round(sides)
+            trial = _trial(sides)
+            calls = _calls_per_round(trial)
             pause = SPIN_SECONDS if ceilings.threads > 1 else 0.0
+            settles = pause > 0 or rotate_bytes == 0
             timings = alternate(
-                sides if rotate_bytes > 0 and not pause else _settled(sides, calls, pause),
+                _settled(sides, trial, calls, pause) if settles else sides,
                 budget_seconds=budget_seconds,
                 min_rounds=min_rounds,
                 calls_per_round=calls,
@@ -94,39 +100,45 @@ def measure(
 
 
 def _settled(
-    sides: dict[str, Callable[[], Any]], calls: int, pause: float
+    sides: dict[str, Callable[[], Any]], trial: dict[str, float], calls: int, pause: float
 ) -> dict[str, Callable[[], Any]]:
     """The same sides, each after a pause and an untimed call of its own.
 
     Threads of an engine go on spinning for milliseconds after its call, and would take the cores
     from the next one; after the pause the untimed call wakes that one's threads, as the layer
     before does in a model. On any number of threads it brings weights that are not rotated back
-    into the caches, from which the other engines have pushed them. `calls` is how often every side
-    is called in a round.
+    into the caches, from which the other engines have pushed them. A call that takes long by
+    itself, in the `trial`, does not show either. `calls` is how often every side is called in a
+    round.
     """
 
-    def settle(call: Callable[[], Any]) -> Callable[[], Any]:
+    def settle(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         count = itertools.count()
 
         def pause_and_call() -> None:
             if next(count) % calls == 0:  # once in a round
                 time.sleep(pause)
-                call()
+                if trial[name] < LONG_SECONDS:
+                    call()
 
         return pause_and_call
 
     settled: dict[str, Callable[[], Any]] = {}
     for name, call in sides.items():
-        settled[f"before {name}"] = settle(call)
+        settled[f"before {name}"] = settle(name, call)
         settled[name] = call
     return settled
 
 
-def _calls_per_round(sides: dict[str, Callable[[], Any]]) -> int:
+def _trial(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of a call of each side, roughly."""
+    found = alternate(sides, warmup=1, min_rounds=1, max_rounds=1, budget_seconds=0)
+    return {name: timing.p50 for name, timing in found.items()}
+
+
+def _calls_per_round(trial: dict[str, float]) -> int:
     """Enough calls that the clock does not matter to the quickest side, if no side is slow."""
-    trial = alternate(sides, min_rounds=3, max_rounds=3, budget_seconds=0)
-    quickest = min(timing.p50 for timing in trial.values())
-    slowest = max(timing.p50 for timing in trial.values())
+    quickest, slowest = min(trial.values()), max(trial.values())
     return max(1, min(int(100e-6 / quickest), int(5e-3 / slowest)))
 
 

@@ -5,6 +5,7 @@ Roofs are the probed ceilings: flat ones for arithmetic, slopes for reading from
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lowbit.benchmark.summary import Cell, Summary
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # One colour a width, for lowbit's lines and the peers' marks; one mark an engine.
 COLOURS = {
@@ -34,7 +36,8 @@ MARKS = {
     "numkong": "P",
 }
 SIGNS = "tab:purple"  # W1A1, whose roof is another
-OTHER_MARKS = "XphH<>"
+OTHER_MARKS = "Xph<>8d"
+_SLOPE = "slope"  # marks the labels of slopes
 _SLOPES = {"read": "memory", "l3": "L3", "l2": "L2"}
 _ROOFS = {"dot": "int8 dot", "fma": "float32 FMA", "xnor": "xnor + popcount"}
 
@@ -55,7 +58,7 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
         ValueError: there are no points, or the file's suffix is not one that matplotlib writes.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure as figures
     except ImportError as error:
         raise ModuleNotFoundError(
             "a plot needs matplotlib: pip install 'lowbit[plot]'", name="matplotlib"
@@ -65,7 +68,7 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
     if not cells:
         raise ValueError(f"no results for the shape {shape}")
     threads = sorted({cell.threads for cell in cells})
-    figure = Figure(figsize=(5.6 * len(threads) + 3.2, 6.4), layout="constrained")
+    figure = figures.Figure(figsize=(5.6 * len(threads) + 3.2, 6.4), layout="constrained")
     panels = figure.subplots(1, len(threads), squeeze=False, sharex=True, sharey=True)[0]
     for axes, count in zip(panels, threads, strict=True):
         here = [cell for cell in cells if cell.threads == count]
@@ -90,6 +93,7 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
         frameon=False,
         labelspacing=0.45,
     )
+    _turn_slope_labels(figure)
     figure.savefig(path, dpi=130)
 
 
@@ -116,7 +120,7 @@ def series(cells: Sequence[Cell]) -> list[Cell]:
 
 def _draw_points(axes: Axes, cells: Sequence[Cell]) -> None:
     names = dict.fromkeys(cell.name for cell in sorted(cells, key=lambda cell: not cell.own))
-    used: dict[tuple[str, str], int] = {}
+    used: set[tuple[str, str, bool]] = set()
     for name in names:
         points = series([cell for cell in cells if cell.name == name])
         x = [cell.intensity for cell in points]
@@ -138,18 +142,19 @@ def _draw_points(axes: Axes, cells: Sequence[Cell]) -> None:
                 label=f"lowbit {name}",
             )
             continue
-        mark = MARKS.get(name.split()[0], "X")
-        # Several formats of one engine and width: the second is hollow, a third has another mark.
-        nth = used[mark, colour] = used.get((mark, colour), -1) + 1
-        if nth > 1:
-            mark = OTHER_MARKS[(nth - 2) % len(OTHER_MARKS)]
+        # Several formats of one engine and width: the second is hollow, more have other marks.
+        marks = MARKS.get(name.split()[0], "") + OTHER_MARKS
+        looks = ((mark, colour, hollow) for mark in marks for hollow in (False, True))
+        look = next(look for look in looks if look not in used)
+        used.add(look)
+        mark, _, hollow = look
         axes.plot(
             x,
             y,
             linestyle="none",
             marker=mark,
             markersize=8 if mark == "*" else 5.5,
-            markerfacecolor="none" if nth % 2 else colour,
+            markerfacecolor="none" if hollow else colour,
             markeredgecolor=colour,
             alpha=0.75,
             zorder=2,
@@ -184,8 +189,17 @@ def _draw_roofs(axes: Axes, summary: Summary, cells: Sequence[Cell]) -> None:
                 start,
                 found[name] * start * 1.12,
                 f"{words} {found[name]:.0f} GB/s",
-                rotation=45,
                 rotation_mode="anchor",
-                transform_rotates_text=True,
+                gid=_SLOPE,
                 **text,
             )
+
+
+def _turn_slope_labels(figure: Figure) -> None:
+    """Along their lines, whose angle is known when the panels have their final sizes."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        (x0, y0), (x1, y1) = axes.transData.transform([(1, 1), (10, 10)])
+        for label in axes.texts:
+            if label.get_gid() == _SLOPE:
+                label.set_rotation(math.degrees(math.atan2(y1 - y0, x1 - x0)))
