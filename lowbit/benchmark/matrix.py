@@ -91,8 +91,8 @@ class MatrixCase:
         Measured with all peers on one machine; only the proportions matter, to foretell the end.
         """
         weights = self.macs / self.m / 1e6
-        building = 40.0 + weights / 2 if self.weights == "memory" else 2.0 + weights / 6
-        return building + max(self.seconds, 12e-9 * self.macs / math.sqrt(self.threads))
+        building = 35.0 + weights / 2 if self.weights == "memory" else 3.0 + weights / 6
+        return building + max(self.seconds, 5e-9 * self.macs / math.sqrt(self.threads))
 
 
 def command(batch: Sequence[MatrixCase]) -> list[str]:

@@ -130,7 +130,7 @@ def _verdict(summary: Summary) -> str:
     return (
         f"Geometric mean of all {len(cells)} cells: **{mean:.2f} times the fastest peer** "
         f"({strict:.2f} over the {sum(c.rivals for c in cells)} cells whose width a peer offers). "
-        f"{len(summary.behind)} cells are below 1.0. A cell is a width, an M, a shape "
+        f"Cells below 1.0: {len(summary.behind)}. A cell is a width, an M, a shape "
         f"({', '.join(shapes)}), a number of threads, and a place that the weights come from. Its "
         "peer is the fastest one with weights of as many bits and activations that are no coarser; "
         "a width that no peer offers (\\*) is compared with the fastest 8-bit one."

@@ -37,7 +37,7 @@ def test_ratios_and_verdict():
     text = page(summarize(small_matrix()))
     assert "all 16 cells: **1.41 times" in text  # 12 cells at 2, 4 at 1/2
     assert "(2.00 over the 8 cells whose width a peer offers)" in text
-    assert "4 cells are below 1.0" in text
+    assert "Cells below 1.0: 4." in text
     ratios = table(text, "times faster, 1 thread")
     assert ratios["w8a8"] == ["2.00 (2.00)", "2.00 (2.00)"]
     assert ratios["w1a8 \\*"] == ["2.00 (2.00)", "0.50 (0.50)"]
