@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu.h"
+#include "direct.h"
 #include "lowbit.h"
 
 namespace py = pybind11;
@@ -91,6 +92,28 @@ void call_linear(Address x, int64_t m, Address y, int format, int activation, in
   linear(reinterpret_cast<const float*>(x), m, w, a, reinterpret_cast<float*>(y), threads);
 }
 
+py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+bool call_bind_torch(const py::object& tensor_type, const py::object& parameter_type,
+                     const py::object& float32, const py::object& get_num_threads,
+                     const py::tuple& questions) {
+  const int bound = bind_torch(tensor_type.ptr(), parameter_type.ptr(), float32.ptr(),
+                               get_num_threads.ptr(), questions.ptr());
+  if (bound < 0) throw py::error_already_set();
+  return bound == 1;
+}
+
+py::object direct_linear(const py::tuple& tensors, const py::dict& settings, int format,
+                         int activation, int64_t n, int64_t k, int64_t group_size, Address packed,
+                         Address scale, Address group_scale, Address group_zero, Address bias) {
+  const Weights w =
+      make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero, bias);
+  return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), nullptr));
+}
+
 constexpr size_t kGeometrySize = 16;
 
 Conv2dGeometry make_geometry(const std::vector<int64_t>& v, bool x_channels_last,
@@ -142,6 +165,19 @@ void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int
           "the address of x or y is 0");
   py::gil_scoped_release release;
   conv2d(reinterpret_cast<const float*>(x), g, w, a, reinterpret_cast<float*>(y), threads);
+}
+
+py::object direct_conv2d(const py::tuple& tensors, const py::dict& settings,
+                         const std::vector<int64_t>& geometry, int64_t pad_bottom,
+                         int64_t pad_right, int format, int activation, int64_t group_size,
+                         Address packed, Address scale, Address group_scale, Address group_zero,
+                         Address bias) {
+  require(pad_bottom >= 0 && pad_right >= 0, "negative padding");
+  const DirectConv2d c{make_geometry(geometry, true, true), pad_bottom, pad_right};
+  const Weights w =
+      make_weights(format, c.geometry.out_channels, conv2d_depth(format_of(format), c.geometry),
+                   group_size, packed, scale, group_scale, group_zero, bias);
+  return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), &c));
 }
 
 Codes call_pack(const Codes& codes, const std::string& format_name) {
@@ -281,6 +317,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("conv2d", &call_conv2d, "x"_a, "y"_a, "geometry"_a, "format"_a, "activation"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
         "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true);
+
+  m.def("bind_torch", &call_bind_torch, "tensor_type"_a, "parameter_type"_a, "float32"_a,
+        "get_num_threads"_a, "questions"_a);
+  m.def("direct_linear", &direct_linear, "tensors"_a, "settings"_a, "format"_a, "activation"_a,
+        "n"_a, "k"_a, "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a,
+        "bias"_a);
+  m.def("direct_conv2d", &direct_conv2d, "tensors"_a, "settings"_a, "geometry"_a, "pad_bottom"_a,
+        "pad_right"_a, "format"_a, "activation"_a, "group_size"_a, "packed"_a, "scale"_a,
+        "group_scale"_a, "group_zero"_a, "bias"_a);
 
   m.def("fit_scales", &call_fit_scales, "x"_a, "mask"_a, "units"_a, "masks"_a, "length"_a,
         "scale"_a, "format"_a, "low"_a, "high"_a, "out"_a, "threads"_a);

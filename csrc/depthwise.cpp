@@ -66,13 +66,11 @@ class Depthwise {
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(sums_, tile * kMaxPlanes),
                 piece(value_, tile), piece(total_, tile), piece(wide_, tile),
                 piece(group_scale_, scales), piece(group_zero_, scales),
-                piece(no_offset_, kTilePixels * kMaxPlanes), piece(row_scale_, kTilePixels),
-                piece(offsets_, expanded.places()), piece(columns_, columns),
-                piece(zero_row_, geometry.width * images.pitch()));
+                piece(row_scale_, kTilePixels), piece(offsets_, expanded.places()),
+                piece(columns_, columns), piece(zero_row_, geometry.width * images.pitch()));
     for (int i = 0; i < expanded.places(); ++i)
       offsets_[i] =
           i / expanded.quads() * geometry.dilation_w * column_ + i % expanded.quads() * quad;
-    std::fill_n(no_offset_, kTilePixels * kMaxPlanes, 0);
     std::memset(columns_, 0, static_cast<size_t>(columns));  // the margins stay zero
     std::memset(zero_row_, 0, static_cast<size_t>(geometry.width * images.pitch()));
   }
@@ -163,7 +161,7 @@ class Depthwise {
 
   // value_ = exact integers of both planes, rounded to float once.
   void to_float(int pixels, const int32_t* v) {
-    if (images_.planes() == 1) return kernel_.to_float(pixels, v, 0, no_offset_, value_);
+    if (images_.planes() == 1) return kernel_.to_float(pixels, v, value_);
     const int64_t size = int64_t{pixels} * kernel_.nr, lo = int64_t{kTilePixels} * kernel_.nr;
     for (int64_t i = 0; i < size; ++i) wide_[i] = 256.0 * v[i] + v[lo + i];
     kernel_.narrow(pixels, wide_, value_);
@@ -178,7 +176,7 @@ class Depthwise {
   const FormatTraits& traits_;
   const int64_t column_;       // bytes
   const int64_t row_columns_;  // columns of an output row, margins included
-  int32_t *acc_, *sums_, *no_offset_;
+  int32_t *acc_, *sums_;
   float *value_, *total_, *group_scale_, *group_zero_, *row_scale_;
   double* wide_;
   ptrdiff_t* offsets_;

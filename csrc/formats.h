@@ -31,7 +31,10 @@ struct FormatTraits {
   constexpr int planes() const { return 8 / bits; }         // codes in a byte
   constexpr int depth() const { return 4 * planes(); }      // k in a 64-byte vector of 16 channels
   constexpr int shift() const { return mul == 2 ? 1 : 0; }  // mul as a shift
-  constexpr int width_index() const { return bits == 8 ? 0 : bits == 4 ? 1 : bits == 2 ? 2 : 3; }
+  constexpr int largest() const {                           // |mul * code + add| at most
+    const int top = mul * ((1 << bits) - 1) + add;
+    return top > -add ? top : -add;
+  }
 };
 
 inline constexpr FormatTraits kFormats[] = {

@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "parallel.h"
@@ -16,6 +17,7 @@ Depth::Depth(Format format, int64_t k, int64_t group_size)
   groups = std::max<int64_t>(ceil_div(k, group_k_), 1);
   chunks_per_group = ceil_div(group_k_, chunk_k_);
   steps = ceil_div(k, depth_);
+  group_steps = group_size ? group_size / depth_ : steps;
 }
 
 Depth::Chunk Depth::chunk(int64_t group, int64_t index) const {
@@ -25,120 +27,210 @@ Depth::Chunk Depth::chunk(int64_t group, int64_t index) const {
   return {first / depth_, ceil_div(last - first, depth_), first, last - first};
 }
 
+void Depth::sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const {
+  if (k_ == 0) *sums = 0;
+  if (chunks_per_group == 1) return kernel.sum_groups(codes, k_, group_k_, sums);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = 0; i < chunks_per_group; ++i) {
+      const Chunk c = chunk(g, i);
+      kernel.sum_groups(codes + c.k, c.size, std::max<int64_t>(c.size, 1), sums++);
+    }
+}
+
 namespace {
 
-// One tile of one thread: channels [c0, c0 + cols) of `count` rows from `first`.
-class Tile {
+// `count` floats that may be read up to a multiple of 16: copied to `room` where they end earlier.
+const float* padded(const float* from, int count, float* room) {
+  if (count % kPanel == 0) return from;
+  std::fill_n(std::copy_n(from, count, room), round_up(count, kPanel) - count, 0.0f);
+  return room;
+}
+
+// How far ahead a tile that takes all rows prefetches: one or two rows wait for memory alone.
+// Measured, see README.md.
+constexpr int64_t prefetch_steps(int rows) { return rows <= 2 ? 128 : 64; }
+
+// Up to so many tall tiles, where reading the weights once or from the first cache counts most.
+constexpr int64_t kTallTiles = 2;
+
+// A block of channels of one thread, and its tiles.
+class Block {
  public:
-  Tile(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
-       Scratch& scratch)
+  Block(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+        Scratch& scratch)
       : kernel_(kernel),
         weights_(weights),
         depth_(depth),
         rows_(rows),
-        traits_(traits(weights.format)) {
-    const int64_t size = int64_t{kernel.mr} * kernel.nr, scales = depth.groups * kernel.nr;
-    scratch.cut(piece(acc_, size), piece(sum_, size), piece(total_, size), piece(row_sum_, size),
-                piece(wide_, size), piece(offset_, kernel.mr), piece(group_scale_, scales),
-                piece(group_zero_, scales));
+        tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr),
+        width_(tall_ ? kernel.tall_nr : kernel.nr),
+        tiles_(ceil_div(rows.count, (tall_ ? kernel.tall_mr : kernel.mr) / rows.planes)) {
+    const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
+    const int64_t code_rows = rows.count * rows.planes;
+    const bool groups = weights.group_scale, zeros = weights.group_zero;
+    const bool in_tile = fits_tile();
+    // A block is no wider than a tile where its channels need padding.
+    const int64_t bias = weights.bias ? kernel.nr : std::max<int64_t>(weights.n, kernel.nr);
+    scratch.cut(piece(scale_, kernel.nr), piece(bias_, bias),
+                piece(offset_, code_rows * depth.chunks()), piece(group_scale_, groups * scales),
+                piece(group_zero_, zeros * scales),
+                piece(group_sum_, zeros * rows.count * depth.groups), piece(out_, size),
+                piece(sums_, in_tile ? 0 : size), piece(wide_, in_tile ? 0 : size),
+                piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size));
+    const int add = traits(weights.format).add;
+    for (int64_t i = 0; i < code_rows * depth.chunks(); ++i) offset_[i] = add * rows.sums[i];
+    if (zeros) sum_groups();
+    if (!weights.bias) std::fill_n(bias_, bias, 0.0f);
+
+    tile_.tall = tall_;
+    tile_.planes = rows.planes;
+    tile_.pitch = rows.pitch;
+    tile_.panel_stride = depth.steps * kVectorBytes;
+    tile_.offset_pitch = depth.chunks();
+    tile_.sums = sums_;  // null where a tile does everything
+    tile_.groups = in_tile ? depth.groups : 1;
+    tile_.group_steps = depth.group_steps;
+    tile_.steps = depth.steps;
+    tile_.group_scale = group_scale_;
+    tile_.group_zero = group_zero_;
   }
 
-  void set_channels(int64_t c0, int64_t end) {
+  int64_t tiles() const { return tiles_; }
+
+  // Takes the channels from c0 on, and returns how many: those of a tile, or where one tile of rows
+  // reads them and nothing is expanded for them, all whole panels.
+  int64_t set_channels(int64_t c0, int64_t end) {
+    const int64_t whole = (end - c0) / kPanel * kPanel;
+    const bool all = tiles_ == 1 && !sums_ && !group_scale_;
+    const int64_t count = std::min(end - c0, all ? std::max<int64_t>(whole, width_) : width_);
     c0_ = c0;
-    cols_ = static_cast<int>(std::min<int64_t>(kernel_.nr, end - c0));
-    panels_ = (cols_ + kPanel - 1) / kPanel;
-    packed_ = weights_.packed + c0 / kPanel * depth_.steps * kVectorBytes;
-    if (weights_.group_scale)
-      kernel_.expand_groups(weights_.group_scale + c0 * depth_.groups, cols_, depth_.groups,
-                            group_scale_);
-    if (weights_.group_zero)
-      kernel_.expand_groups(weights_.group_zero + c0 * depth_.groups, cols_, depth_.groups,
-                            group_zero_);
+    cols_ = static_cast<int>(count);
+    tile_.panels = (cols_ + kPanel - 1) / kPanel;
+    packed_ = weights_.packed + c0 / kPanel * tile_.panel_stride;
+    tile_.scale = padded(weights_.scale + c0, cols_, scale_);
+    tile_.bias = weights_.bias ? padded(weights_.bias + c0, cols_, bias_) : bias_;
+    if (group_scale_) expand(weights_.group_scale, group_scale_);
+    if (group_zero_) expand(weights_.group_zero, group_zero_);
+    return count;
   }
 
-  void run(int64_t first, int count, float* y, ptrdiff_t y_pitch) {
-    first_ = first;
-    count_ = count;
-    const float* f = sum_;
-    if (!weights_.group_scale) {
-      integer_sums(0);
-    } else {
-      std::memset(total_, 0, sizeof(float) * static_cast<size_t>(count_ * kernel_.nr));
-      for (int64_t g = 0; g < depth_.groups; ++g) {
-        integer_sums(g);
-        kernel_.madd(count_, group_scale_ + g * kernel_.nr, sum_, total_);
-        if (weights_.group_zero) {
-          row_sums(g);
-          kernel_.madd(count_, group_zero_ + g * kernel_.nr, row_sum_, total_);
-        }
-      }
-      f = total_;
-    }
-    kernel_.finish(count_, cols_, f, rows_.scale + first_, weights_.scale + c0_,
-                   weights_.bias ? weights_.bias + c0_ : nullptr, y + first_ * y_pitch + c0_,
-                   y_pitch);
+  void run(int64_t index, float* y, ptrdiff_t y_pitch) {
+    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
+    const int rows = static_cast<int>(r.end - r.begin);
+    tile_.rows = rows * rows_.planes;
+    set_prefetch(index);
+    tile_.row_scale = rows_.scale + r.begin;
+    float* const out = y + r.begin * y_pitch + c0_;
+    if (sums_) return run_in_parts(r.begin, rows, out, y_pitch);
+
+    set_operands(r.begin, 0, 0);
+    if (group_zero_) tile_.group_sum = group_sum_ + r.begin * depth_.groups;
+    const bool whole = cols_ % kPanel == 0;
+    tile_.y = whole ? out : out_;
+    tile_.y_pitch = whole ? y_pitch : kernel_.nr;
+    dot();
+    if (whole) return;
+    for (int i = 0; i < rows; ++i) std::copy_n(out_ + i * kernel_.nr, cols_, out + i * y_pitch);
   }
 
  private:
-  // sum_ = the exact integer sum of a group, rounded to float once.
-  void integer_sums(int64_t group) {
-    const int shift = traits_.shift();
-    if (rows_.planes == 1 && depth_.chunks_per_group == 1) {
-      dot(group, 0);
-      return kernel_.to_float(count_, acc_, shift, offset_, sum_);
-    }
-    std::memset(wide_, 0, sizeof(double) * static_cast<size_t>(count_ * kernel_.nr));
-    for (int64_t i = 0; i < depth_.chunks_per_group; ++i) {
-      dot(group, i);
-      kernel_.widen(count_, rows_.planes, acc_, shift, offset_, wide_);
-    }
-    kernel_.narrow(count_, wide_, sum_);
+  // The block's columns of a float16 matrix [n][groups]; the next block's are fetched.
+  void expand(const uint16_t* from, float* to) const {
+    constexpr int64_t kMost = 256, kLine = 64 / sizeof(*from);
+    const int64_t size = cols_ * depth_.groups;
+    from += c0_ * depth_.groups;
+    kernel_.expand_groups(from, cols_, depth_.groups, to);
+    for (int64_t i = 0; i < std::min(ceil_div(size, kLine), kMost); ++i)
+      __builtin_prefetch(from + size + i * kLine);
   }
 
-  // acc_ = sums of code * activation over a chunk; offset_ = what the formats' `add` contributes.
-  void dot(int64_t group, int64_t index) {
-    const Depth::Chunk chunk = depth_.chunk(group, index);
-    const int rows = count_ * rows_.planes;
-    const int64_t row0 = first_ * rows_.planes;
-    const int64_t at = group * depth_.chunks_per_group + index;
-    for (int r = 0; r < rows; ++r)
-      offset_[r] = traits_.add * rows_.sums[(row0 + r) * depth_.chunks() + at];
-    const uint8_t* w = packed_ + chunk.step * kVectorBytes;
-    const ptrdiff_t stride = depth_.steps * kVectorBytes;
+  // Whether a group's sum stays within int32: one chunk, and of int16 activations 256 * hi + lo.
+  bool fits_tile() const {
+    if (depth_.chunks_per_group > 1) return false;
+    constexpr int64_t kMax16 = 128 * 256 + 128;
+    return rows_.planes == 1 ||
+           kMax16 * traits(weights_.format).largest() * depth_.chunk(0, 0).size < INT32_MAX;
+  }
+
+  // A tile that takes all rows reads its panels from memory, in order: it fetches what comes soon.
+  // Of several, the last ones fetch the next block.
+  void set_prefetch(int64_t index) {
+    const int64_t panels = width_ / kPanel, each = ceil_div(panels, tiles_);
+    const int64_t first = tiles_ >= panels ? index - (tiles_ - panels) : index * each;
+    tile_.fetch = static_cast<int>(first < 0 ? 0 : std::clamp<int64_t>(panels - first, 0, each));
+    ahead_ = tiles_ == 1 ? prefetch_steps(tile_.rows) * kVectorBytes
+                         : (panels + first) * tile_.panel_stride;
+  }
+
+  void set_operands(int64_t first, int64_t step, int64_t chunk) {
+    const ptrdiff_t row = first * rows_.planes;
+    tile_.w = packed_ + step * kVectorBytes;
+    tile_.ahead = tile_.w + ahead_;
+    tile_.offset = offset_ + row * depth_.chunks() + chunk;
     if (rows_.bits) {
-      const ptrdiff_t from = row0 * rows_.pitch + chunk.step;
-      kernel_.xnor(rows, rows_.bits + from, rows_.mask ? rows_.mask + from : nullptr, rows_.pitch,
-                   w, stride, panels_, chunk.steps, acc_);
+      const ptrdiff_t from = row * rows_.pitch + step;
+      tile_.bits = rows_.bits + from;
+      tile_.mask = rows_.mask ? rows_.mask + from : nullptr;
     } else {
-      kernel_.dot[traits_.width_index()](rows, rows_.codes + row0 * rows_.pitch + chunk.k,
-                                         rows_.pitch, w, stride, panels_, chunk.steps, acc_);
+      tile_.codes = rows_.codes + row * rows_.pitch + step * traits(weights_.format).depth();
     }
   }
 
-  // row_sum_ = the exact sum of a group's activation codes, rounded once, in every channel.
-  void row_sums(int64_t group) {
-    for (int r = 0; r < count_; ++r) {
-      double sum = 0;
-      for (int p = 0; p < rows_.planes; ++p) {
-        const int32_t* s = rows_.sums + ((first_ + r) * rows_.planes + p) * depth_.chunks() +
-                           group * depth_.chunks_per_group;
-        for (int64_t i = 0; i < depth_.chunks_per_group; ++i)
-          sum += (rows_.planes == 2 && p == 0 ? 256.0 : 1.0) * s[i];
+  void dot() {
+    if (rows_.bits)
+      kernel_.xnor(tile_);
+    else
+      kernel_.dot[static_cast<int>(weights_.format)](tile_);
+  }
+
+  // Sums that need more than int32: chunk by chunk, combined in float64.
+  void run_in_parts(int64_t first, int rows, float* y, ptrdiff_t y_pitch) {
+    const auto values = static_cast<size_t>(rows * kernel_.nr);
+    std::memset(total_, 0, values * sizeof(float));
+    for (int64_t g = 0; g < depth_.groups; ++g) {
+      std::memset(wide_, 0, values * sizeof(double));
+      for (int64_t i = 0; i < depth_.chunks_per_group; ++i) {
+        const Depth::Chunk chunk = depth_.chunk(g, i);
+        set_operands(first, chunk.step, g * depth_.chunks_per_group + i);
+        tile_.steps = tile_.group_steps = chunk.steps;
+        dot();
+        kernel_.widen(rows, rows_.planes, sums_, wide_);
       }
-      std::fill_n(row_sum_ + r * kernel_.nr, kernel_.nr, static_cast<float>(sum));
+      kernel_.narrow(rows, wide_, group_scale_ ? value_ : total_);
+      if (group_scale_) kernel_.madd(rows, group_scale_ + g * kernel_.nr, value_, total_);
+      if (!group_zero_) continue;
+      for (int r = 0; r < rows; ++r)
+        std::fill_n(value_ + r * kernel_.nr, kernel_.nr,
+                    group_sum_[(first + r) * depth_.groups + g]);
+      kernel_.madd(rows, group_zero_ + g * kernel_.nr, value_, total_);
     }
+    kernel_.finish(rows, cols_, total_, tile_.row_scale, tile_.scale, tile_.bias, y, y_pitch);
+  }
+
+  // group_sum_ = the exact sum of a group's activation codes, rounded once.
+  void sum_groups() {
+    const int32_t* s = rows_.sums;
+    for (int64_t r = 0; r < rows_.count; ++r, s += rows_.planes * depth_.chunks())
+      for (int64_t g = 0; g < depth_.groups; ++g) {
+        double sum = 0;
+        for (int64_t i = g * depth_.chunks_per_group; i < (g + 1) * depth_.chunks_per_group; ++i)
+          sum += rows_.planes == 2 ? 256.0 * s[i] + s[depth_.chunks() + i] : s[i];
+        group_sum_[r * depth_.groups + g] = static_cast<float>(sum);
+      }
   }
 
   const Kernel& kernel_;
   const Weights& weights_;
   const Depth& depth_;
   const Rows& rows_;
-  const FormatTraits& traits_;
-  int32_t *acc_, *offset_;
-  float *sum_, *total_, *row_sum_, *group_scale_, *group_zero_;
+  const bool tall_;
+  const int64_t width_, tiles_;  // of a block, in channels and in tiles
+  Tile tile_{};
+  float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;
+  int32_t *offset_, *sums_;
   double* wide_;
-  int64_t c0_ = 0, first_ = 0;
-  int cols_ = 0, panels_ = 0, count_ = 0;
+  int64_t c0_ = 0, ahead_ = 0;
+  int cols_ = 0;
   const uint8_t* packed_ = nullptr;
 };
 
@@ -147,15 +239,11 @@ class Tile {
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch) {
   static thread_local Scratch scratch;
-  Tile tile(kernel, weights, depth, rows, scratch);
-  const int64_t tiles = ceil_div(rows.count, kernel.mr / rows.planes);
-  for (int64_t c = begin; c < end; c += kernel.nr) {
-    tile.set_channels(c, end);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const Range r =
-          part(rows.count, t, tiles);  // balanced: no tile is much smaller than the rest
-      tile.run(r.begin, static_cast<int>(r.end - r.begin), y, y_pitch);
-    }
+  Block block(kernel, weights, depth, rows, scratch);
+  for (int64_t c = begin; c < end;) {
+    const int64_t count = block.set_channels(c, end);
+    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y, y_pitch);
+    c += count;
   }
 }
 

@@ -22,9 +22,13 @@ struct Depth {
   Chunk chunk(int64_t group, int64_t index) const;
   int64_t chunks() const { return groups * chunks_per_group; }
 
+  // sums[i] = the sum of the codes of chunk i.
+  void sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const;
+
   int64_t groups;
   int64_t chunks_per_group;  // 1, but for a K or a group above kChunk
   int64_t steps;             // of a whole panel
+  int64_t group_steps;       // of a group
 
  private:
   int64_t k_, depth_, group_k_, chunk_k_;

@@ -60,12 +60,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
     for (int p = 0; p < planes; ++p) {
       const int64_t row = i * planes + p;
       if (!in_place_) copy_codes(codes_ + row * pitch_, image, p, top, left, group);
-      int32_t* sums = sums_ + row * depth_.chunks();
-      for (int64_t c = 0; c < depth_.groups; ++c)
-        for (int64_t j = 0; j < depth_.chunks_per_group; ++j) {
-          const Depth::Chunk chunk = depth_.chunk(c, j);
-          *sums++ = kernel_.sum(rows.codes + row * pitch_ + chunk.k, chunk.size);
-        }
+      depth_.sum(kernel_, rows.codes + row * pitch_, sums_ + row * depth_.chunks());
     }
   }
   return rows;

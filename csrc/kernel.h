@@ -9,23 +9,52 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "formats.h"
+
 namespace lowbit {
+
+// One call of a GEMM microkernel: up to mr rows times up to nr channels, all of K. Steps are cut
+// into groups of `group_steps`; the last one may be shorter.
+struct Tile {
+  int rows;                     // of codes or bits: an int16 activation is two (hi, lo)
+  int panels;                   // of 16 channels, `panel_stride` bytes apart
+  bool tall;                    // up to tall_mr rows, and any number of panels
+  const int8_t* codes;          // activations (dot)
+  const uint32_t *bits, *mask;  // the same (xnor): 1 where x < 0; which of them count, null: all
+  ptrdiff_t pitch;              // of a row, in elements of codes or bits
+  const uint8_t* w;             // the panels
+  const uint8_t* ahead;         // what to prefetch meanwhile, step by step:
+  int fetch;                    // so many panels, `panel_stride` apart
+  ptrdiff_t panel_stride;
+  int64_t steps, group_steps, groups;
+  const int32_t* offset;  // [rows][groups], `offset_pitch` apart: added to a group's sums
+  ptrdiff_t offset_pitch;
+  int32_t* sums;  // not null: sums of the only group go to [rows][nr], and no more
+
+  // Epilogue; columns up to a multiple of 16 are read and written.
+  int planes;  // 2: rows 2r and 2r + 1 make one, 256 * hi + lo, within int32
+  const float *group_scale, *group_zero;  // [groups][nr], or null
+  const float* group_sum;     // [rows / planes][groups]: sums of activations, with group_zero
+  const float* row_scale;     // [rows / planes]
+  const float *scale, *bias;  // [nr]
+  float* y;                   // [rows / planes][nr], `y_pitch` apart
+  ptrdiff_t y_pitch;
+};
 
 struct Kernel {
   const char* name;
-  int mr;  // rows in the largest tile (even)
-  int nr;  // channels in the largest tile, a multiple of 16
+  int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
+  int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
 
-  // acc[r][c] = sum over k of code[c][k] * a[r][k], for 1 <= rows <= mr; int32 arithmetic modulo
-  // 2^32. Index: FormatTraits::width_index(). `panels` <= nr / 16 panels lie `panel_stride` bytes
-  // apart.
-  void (*dot[4])(int rows, const int8_t* a, ptrdiff_t pitch, const uint8_t* w,
-                 ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
+  // s[r][c] = offset + sum over k of mul * code[c][k] * a[r][k], a group; int32 arithmetic modulo
+  // 2^32. Then f = float(s), or fma(group_scale, float(s), f) over the groups with, where there is
+  // a zero, fma(group_zero, group_sum, f) after each; y = fma(f, row_scale * scale, bias).
+  // Index: Format.
+  void (*dot[kFormatCount])(const Tile& tile);
 
-  // acc[r][c] = number of k where bit w differs from bit a and bit `mask` is set (mask null:
-  // everywhere). With a = 1 for a negative activation these are the agreements of the signs.
-  void (*xnor)(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
-               ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc);
+  // The same with s = offset + 2 * (number of k where bit w differs from bit a and bit `mask` is
+  // set). With a = 1 for a negative activation these are the agreements of the signs.
+  void (*xnor)(const Tile& tile);
 
   // Depthwise, on columns: a column is a pixel's channels, four bytes each, from four rows of the
   // image. Pixel i reads, for each of `taps` places in the kernel (across, and by four rows),
@@ -48,18 +77,16 @@ struct Kernel {
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
   void (*binarize_bits)(const float* x, int64_t n,
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
-  int32_t (*sum)(const int8_t* q, int64_t n);
+  // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
+  void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
   // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
   // channels last.
   void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);
 
-  // Epilogue, on tiles of `rows` x nr.
-  // f = float((acc << shift) + offset[r])
-  void (*to_float)(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f);
-  // wide[r] += 256 * hi + lo of rows 2r and 2r + 1 of acc (planes 2), or += acc[r] (planes 1),
-  // offset as above
-  void (*widen)(int rows, int planes, const int32_t* acc, int shift, const int32_t* offset,
-                double* wide);
+  // Epilogue where a tile's sums are not its output, on `rows` x nr.
+  void (*to_float)(int rows, const int32_t* sums, float* f);
+  // wide[r] += 256 * hi + lo of rows 2r and 2r + 1 of sums (planes 2), or += sums[r] (planes 1)
+  void (*widen)(int rows, int planes, const int32_t* sums, double* wide);
   void (*narrow)(int rows, const double* wide, float* f);  // f = float(wide)
   // f[r][c] = fma(scale[c], x[r][c], f[r][c])
   void (*madd)(int rows, const float* scale, const float* x, float* f);
@@ -68,7 +95,8 @@ struct Kernel {
                  const float* bias, float* y, ptrdiff_t y_pitch);
   // y[c * y_pitch + r] = x[r * cols + c]: a block of pixels to channels first
   void (*transpose)(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch);
-  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to nr are zeroed
+  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are
+  // zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
 
   // How well the nearest codes in [low, high] fit x at a scale, over i with mask[i] = 1 (it is 0

@@ -62,19 +62,17 @@ void quantize_row(const Kernel& kernel, Activation activation, const Depth& dept
   int32_t* sums = out.sums + row * count * depth.chunks();
   if (out.bits) {
     kernel.binarize_bits(x, k, out.bits + row * out.pitch);
-  } else {
-    int8_t* q = out.codes + row * count * out.pitch;
-    encode(kernel, activation, unit, x, k, q, q + out.pitch);
-    for (int p = 0; p < count; ++p)
-      std::memset(q + p * out.pitch + k, 0, static_cast<size_t>(out.pitch - k));
+    for (int64_t i = 0; i < depth.chunks(); ++i)  // how many count
+      sums[i] = static_cast<int32_t>(
+          depth.chunk(i / depth.chunks_per_group, i % depth.chunks_per_group).size);
+    return;
   }
-  for (int p = 0; p < count; ++p)
-    for (int64_t g = 0; g < depth.groups; ++g)
-      for (int64_t i = 0; i < depth.chunks_per_group; ++i) {
-        const Depth::Chunk c = depth.chunk(g, i);
-        *sums++ = out.bits ? static_cast<int32_t>(c.size)
-                           : kernel.sum(out.codes + (row * count + p) * out.pitch + c.k, c.size);
-      }
+  int8_t* q = out.codes + row * count * out.pitch;
+  encode(kernel, activation, unit, x, k, q, q + out.pitch);
+  for (int p = 0; p < count; ++p, q += out.pitch) {
+    std::memset(q + k, 0, static_cast<size_t>(out.pitch - k));
+    depth.sum(kernel, q, sums + p * depth.chunks());
+  }
 }
 
 // As many rows as one pass quantizes at once.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 namespace lowbit {
 
@@ -15,13 +16,21 @@ inline int worthwhile_threads(int threads, int64_t macs) {
   return static_cast<int>(std::clamp<int64_t>(macs / kMacsPerThread, 1, std::max(threads, 1)));
 }
 
-// body(thread, threads) on each thread of a team. It may contain `#pragma omp barrier`, and must
-// not throw.
+// body(thread, threads) on each thread of a team. It may contain team_barrier(), and throw after
+// its last one (before it, the others would wait for ever): one of the team's exceptions is
+// rethrown.
 template <class Body>
 void parallel(int threads, Body body) {
   if (threads <= 1) return body(0, 1);
+  std::exception_ptr error;
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  try {
+    body(omp_get_thread_num(), omp_get_num_threads());
+  } catch (...) {
+#pragma omp critical(lowbit_error)
+    error = std::current_exception();
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 inline void team_barrier(int threads) {

@@ -6,9 +6,19 @@ Examples:
     lowbit.compare(model, ["w8a8", "w4a8"], x)   # speed, size and quality, side by side
 """
 
+import sys
+from pathlib import Path
+
 import torch  # noqa: F401  first: it loads the OpenMP runtime that the extension then shares
 
-from lowbit import _core, nn
+try:
+    from lowbit import _core
+except ImportError as error:
+    # The command cannot begin, and says so as it says other errors: in a line.
+    if Path(sys.argv[0]).stem == "lowbit" or "lowbit.cli" in sys.orig_argv:
+        raise SystemExit(f"lowbit: error: {error}") from None
+    raise
+from lowbit import nn
 from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.info import cpu_info

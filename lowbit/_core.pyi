@@ -3,10 +3,13 @@
 Everything that can be checked is, and raises ValueError; that an address is valid cannot.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 class _Isa(TypedDict):
     name: str
@@ -68,6 +71,49 @@ def conv2d(
     x_channels_last: bool = ...,
     y_channels_last: bool = ...,
 ) -> None: ...
+
+# A layer's prepared call (lowbit.direct): the output, or None where it declines.
+class Direct:
+    def __call__(self, x: object, attributes: dict[str, Any], /) -> Tensor | None: ...
+    def matches(self, attributes: dict[str, Any], /) -> bool: ...
+
+# False: this torch lacks what prepared calls need.
+def bind_torch(
+    tensor_type: type,
+    parameter_type: type,
+    float32: torch.dtype,
+    get_num_threads: Callable[[], int],
+    questions: tuple[Callable[[], Any], ...],
+) -> bool: ...
+def direct_linear(
+    tensors: tuple[Tensor | None, ...],
+    settings: dict[str, Any],
+    format: int,
+    activation: int,
+    n: int,
+    k: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+) -> Direct: ...
+def direct_conv2d(
+    tensors: tuple[Tensor | None, ...],
+    settings: dict[str, Any],
+    geometry: tuple[int, ...],  # batch, height, width, out_height, out_width: any
+    pad_bottom: int,
+    pad_right: int,
+    format: int,
+    activation: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+) -> Direct: ...
 def fit_scales(
     x: int,
     mask: int,

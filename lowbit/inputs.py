@@ -19,26 +19,33 @@ def _asks(name: str) -> Callable[[], bool]:
     return answer if callable(answer) else lambda: True
 
 
-# Bound once: these are asked at every call of every layer.
 _strided = torch.strided
-_dispatch_modes = _asks("_len_torch_dispatch_stack")
-_function_mode = _asks("_is_torch_function_mode_enabled")
-_functorch = _asks("_are_functorch_transforms_active")
-_autocast = _asks("_is_any_autocast_enabled")
-_profiler = _asks("_autograd._profiler_enabled")
-_tracing_state = _asks("_get_tracing_state")
+
+# Whether something in this thread intercepts operators. Bound once: asked at every call of every
+# layer.
+QUESTIONS: tuple[Callable[[], Any], ...] = (
+    _asks("_len_torch_dispatch_stack"),
+    _asks("_is_torch_function_mode_enabled"),
+    _asks("_are_functorch_transforms_active"),
+    _asks("_is_any_autocast_enabled"),
+    _asks("_autograd._profiler_enabled"),
+    _asks("_get_tracing_state"),
+)
 
 
 def runs_directly(x: object) -> bool:
     """Whether x is an ordinary CPU tensor and nothing in this thread intercepts operators."""
-    return (
+    if not (
         (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and x.is_cpu
         and x.layout is _strided
         and not x.is_nested
-        and not (_dispatch_modes() or _function_mode() or _functorch())
-        and not (_autocast() or _profiler() or _tracing_state())
-    )
+    ):
+        return False
+    for intercepted in QUESTIONS:  # noqa: SIM110  any() would cost more than the questions
+        if intercepted():
+            return False
+    return True
 
 
 def check_tensor(x: object, owner: str) -> None:

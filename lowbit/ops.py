@@ -53,7 +53,7 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
         x = x.to(_float32)
     if not x.is_contiguous() or x.is_neg():
         x = x.resolve_neg().contiguous()
-    y = x.new_empty((*shape[:-1], w.out_features))
+    y = x.new_empty(*shape[:-1], w.out_features)  # sizes one by one are parsed sooner than a tuple
     size = y.numel()
     if size:
         if w.depth:
@@ -96,9 +96,7 @@ def conv2d_direct(
     if not nchw and (not x.is_contiguous(memory_format=torch.channels_last) or x.is_neg()):
         x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     n, c, h, wd = shape
-    y = x.new_empty(
-        (n, height, width, w.out_features) if channels_last else (n, w.out_features, height, width)
-    )
+    y = _new_image(x, w.out_features, height, width, channels_last)
     if y.numel():
         sizes = (n, h, wd, c, w.out_features, height, width)
         geometry = (*sizes, *w.kernel_size, *stride, *padding[:2], *dilation, w.groups)
@@ -111,9 +109,15 @@ def conv2d_direct(
             not nchw,
             channels_last,
         )
-    if channels_last:
-        y = y.permute(0, 3, 1, 2)
     return y if dtype is _float32 else y.to(dtype)
+
+
+def _new_image(x: Tensor, channels: int, height: int, width: int, channels_last: bool) -> Tensor:
+    """A new tensor [N, channels, height, width] of x's kind, dense."""
+    size = (x.shape[0], channels, height, width)
+    if not channels_last:
+        return x.new_empty(*size)
+    return x.new_empty_strided(size, (height * width * channels, 1, width * channels, channels))
 
 
 def _plain_input(x: Tensor, owner: str) -> None:
@@ -211,9 +215,7 @@ def _conv2d_fake(
     check_tensor(x, owner)
     check_channels(x.shape, in_channels, owner)
     height, width = output_size(x.shape, kernel_size, stride, padding, dilation, owner)
-    if suggests_channels_last(x):
-        return x.new_empty((x.shape[0], height, width, out_channels)).permute(0, 3, 1, 2)
-    return x.new_empty((x.shape[0], out_channels, height, width))
+    return _new_image(x, out_channels, height, width, suggests_channels_last(x))
 
 
 def _register() -> None:

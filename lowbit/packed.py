@@ -49,6 +49,12 @@ class PackedWeight:
         """float32 [N] or None."""
         return self.tensors[4]
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the tensors' memory when they were checked, 0 where there is no tensor."""
+        found: tuple[int, ...] = self.operands[-len(NAMES) :]
+        return found
+
 
 def conv_weight_layout(
     weight_format: str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import oracle
 import torch
@@ -92,3 +94,31 @@ def conv2d(layer, x: torch.Tensor) -> torch.Tensor:
         groups=groups,
     )
     return torch.from_numpy(np.ascontiguousarray(y)).to(x.dtype)
+
+
+def images() -> Iterator[tuple[str, torch.Tensor]]:
+    """Images [N, C, H, W] in memory formats of every kind, by name."""
+    base = torch.randn(4, 6, 8, 10)
+    last = base.to(memory_format=torch.channels_last)
+    yield "contiguous", base
+    yield "channels_last", last
+    yield "one image of channels_last", last[1:2]
+    yield "sliced", base[:, :, 1:6, ::2]
+    yield "sliced channels_last", last[:, :, 1:6, ::2]
+    yield "channels sliced", torch.randn(2, 12, 5, 5).to(memory_format=torch.channels_last)[:, ::2]
+    yield "transposed", base.transpose(2, 3)
+    yield "transposed channels_last", last.transpose(2, 3)
+    yield "batch of one pixel", torch.randn(3, 6, 1, 1)
+    yield "one pixel, channels_last", torch.randn(3, 6, 1, 1).to(memory_format=torch.channels_last)
+    yield "one column", torch.randn(3, 6, 5, 1)
+    yield "one column, channels_last", torch.randn(3, 6, 5, 1).to(memory_format=torch.channels_last)
+    yield "expanded batch", base[:1].expand(3, -1, -1, -1)
+    yield "expanded channels", base[:, :1].expand(-1, 6, -1, -1)
+    yield "one channel", torch.randn(2, 1, 5, 5)
+    yield (
+        "one channel, channels_last",
+        torch.randn(2, 1, 5, 5).to(memory_format=torch.channels_last),
+    )
+    yield "one channel, one pixel", torch.randn(2, 1, 1, 1)
+    yield "empty batch", base[:0]
+    yield "empty batch, channels_last", last[:0]

@@ -7,6 +7,7 @@ for: it must import, choose what works, say what does not, and compute the same 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,31 @@ def test_max_isa_error_reaches_the_user_through_the_package():
     result = run_python("import lowbit", LOWBIT_MAX_ISA="sse9")
     assert result.returncode != 0
     assert "LOWBIT_MAX_ISA 'sse9'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("launch", "arguments"),
+    [
+        ("-m", ("lowbit.cli", "info")),
+        (
+            "-c",
+            ("import sys; sys.argv[0] = '/usr/bin/lowbit'; from lowbit.cli import main; main()",),
+        ),
+    ],
+    ids=["module", "script"],
+)
+def test_max_isa_error_is_one_line_of_the_command(launch, arguments):
+    result = subprocess.run(
+        [sys.executable, launch, *arguments],
+        env={**os.environ, "LOWBIT_MAX_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(r"lowbit: error: LOWBIT_MAX_ISA 'sse9' is unknown.*\n", result.stderr)
 
 
 # --- other CPUs ----------------------------------------------------------------------------------

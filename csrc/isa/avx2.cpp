@@ -11,12 +11,15 @@
 #include "begin.inl"
 
 using Reg = __m256i;
-constexpr int kRegs = 2, kMr = 4, kPanels = 1;  // 8 accumulators + weights + activation + constants
+constexpr int kRegs = 2, kMr = 4, kPanels = 1, kTallMr = kMr,
+              kTallPanels = 1;  // 8 accumulators + weights + activation + constants
+constexpr int kChainSums = 8;
+constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return _mm256_setzero_si256(); }
 inline Reg load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Reg*>(p)); }
 inline void store(int32_t* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<Reg*>(p), v); }
-inline Reg ones() { return _mm256_set1_epi8(1); }
+inline Reg bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 inline Reg broadcast(const int8_t* p) {
   int32_t x;
   __builtin_memcpy(&x, p, 4);
@@ -24,18 +27,27 @@ inline Reg broadcast(const int8_t* p) {
 }
 inline void opaque(Reg& v) { asm volatile("" : "+x"(v)); }
 using FloatReg = __m256;
-inline FloatReg float_ones() { return _mm256_set1_ps(1.0f); }
+inline FloatReg to_float(Reg v) { return _mm256_cvtepi32_ps(v); }
+inline FloatReg float_load(const float* p) { return _mm256_loadu_ps(p); }
+// Exact, and subnormals are not flushed whatever the mode.
+inline FloatReg half_load(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void float_store(float* p, FloatReg v) { _mm256_storeu_ps(p, v); }
+inline FloatReg float_splat(float x) { return _mm256_set1_ps(x); }
+inline FloatReg float_broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+inline FloatReg multiply(FloatReg a, FloatReg b) { return _mm256_mul_ps(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+x"(v)); }
 
-template <int B, int P>
+template <int B, int P, int S>
 inline Reg unpack(Reg v) {
-  if constexpr (B == 8) {
-    return v;
-  } else {
-    const Reg shifted = P == 0 ? v : _mm256_srli_epi16(v, B * P);
-    return _mm256_and_si256(shifted, _mm256_set1_epi8((1 << B) - 1));
+  if constexpr (B < 8) {
+    if constexpr (B * P > S) v = _mm256_srli_epi16(v, B * P - S);
+    if constexpr (B * P < S) v = _mm256_slli_epi16(v, S - B * P);
+    v = _mm256_and_si256(v, _mm256_set1_epi8(((1 << B) - 1) << S));
   }
+  return v;
 }
 
 template <int B>
@@ -50,13 +62,22 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u_even, a_even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(u_odd, a_odd));
   } else {
-    static_assert(2 * ((1 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
+    static_assert(2 * ((2 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
     return _mm256_add_epi32(acc,
                             _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), _mm256_set1_epi16(1)));
   }
 }
 
+inline Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
 inline Reg sub(Reg a, Reg b) { return _mm256_sub_epi32(a, b); }
+template <int N>
+inline Reg shift_left(Reg v) {
+  return _mm256_slli_epi32(v, N);
+}
+template <int N>
+inline Reg shift_right(Reg v) {
+  return _mm256_srai_epi32(v, N);
+}
 inline Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm256_and_si256(a, b); }
 
@@ -67,7 +88,7 @@ inline Reg popcount_add(Reg acc, Reg v) {
   const Reg count =
       _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
                       _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
-  return dot<4>(acc, count, ones());
+  return dot<4>(acc, count, bytes(1));
 }
 
 inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,

@@ -5,12 +5,15 @@
 #include "begin.inl"
 
 using Reg = __m512i;
-constexpr int kRegs = 1, kMr = 6, kPanels = 4;  // 24 accumulators + 4 weights + 1 activation
+// 24 accumulators + 4 (2) weights + 1 activation
+constexpr int kRegs = 1, kMr = 6, kPanels = 4, kTallMr = 12, kTallPanels = 2;
+constexpr int kChainSums = 16;
+constexpr bool kMaskInPlace = true;
 
 inline Reg zero() { return _mm512_setzero_si512(); }
 inline Reg load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store(int32_t* p, Reg v) { _mm512_storeu_si512(p, v); }
-inline Reg ones() { return _mm512_set1_epi8(1); }
+inline Reg bytes(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 inline Reg broadcast(const int8_t* p) {
   int32_t x;
   __builtin_memcpy(&x, p, 4);
@@ -18,27 +21,50 @@ inline Reg broadcast(const int8_t* p) {
 }
 inline void opaque(Reg& v) { asm volatile("" : "+v"(v)); }
 using FloatReg = __m512;
-inline FloatReg float_ones() { return _mm512_set1_ps(1.0f); }
+inline FloatReg to_float(Reg v) { return _mm512_cvtepi32_ps(v); }
+inline FloatReg float_load(const float* p) { return _mm512_loadu_ps(p); }
+// Exact, and subnormals are not flushed whatever the mode.
+inline FloatReg half_load(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void float_store(float* p, FloatReg v) { _mm512_storeu_ps(p, v); }
+inline FloatReg float_splat(float x) { return _mm512_set1_ps(x); }
+inline FloatReg float_broadcast(const float* p) { return _mm512_set1_ps(*p); }
+inline FloatReg multiply(FloatReg a, FloatReg b) { return _mm512_mul_ps(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+v"(v)); }
 
-template <int B, int P>
+template <int B, int P, int S>
 inline Reg unpack(Reg v) {
-  if constexpr (B == 8) {
-    return v;
-  } else {
-    const Reg shifted = P == 0 ? v : _mm512_srli_epi16(v, B * P);
-    // The top field of a 16-bit shift brings in the neighbour's bits: mask it as well.
-    return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << B) - 1));
+  if constexpr (B < 8) {
+    // A 16-bit shift brings in the neighbour's bits: every field is masked.
+    if constexpr (B * P > S) v = _mm512_srli_epi16(v, B * P - S);
+    if constexpr (B * P < S) v = _mm512_slli_epi16(v, S - B * P);
+    v = _mm512_and_si512(v, _mm512_set1_epi8(((1 << B) - 1) << S));
   }
+  return v;
 }
+
+// Assembly for the two that accumulate: where it sees the intrinsics, GCC 12 copies accumulators
+// back and forth and spills a third of a tile.
+inline void accumulate(Reg& acc, Reg v) { asm("vpaddd %1, %0, %0" : "+v"(acc) : "v"(v)); }
 
 template <int B>
 inline Reg dot(Reg acc, Reg u, Reg a) {
-  return _mm512_dpbusd_epi32(acc, u, a);
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(a));
+  return acc;
 }
 
+inline Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
 inline Reg sub(Reg a, Reg b) { return _mm512_sub_epi32(a, b); }
+template <int N>
+inline Reg shift_left(Reg v) {
+  return _mm512_slli_epi32(v, N);
+}
+template <int N>
+inline Reg shift_right(Reg v) {
+  return _mm512_srai_epi32(v, N);
+}
 inline Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm512_and_si512(a, b); }
 

@@ -12,7 +12,7 @@ inline Reg popcount_add(Reg acc, Reg v) {
   const Reg count =
       _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
                       _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low)));
-  return _mm512_dpbusd_epi32(acc, count, ones());
+  return _mm512_dpbusd_epi32(acc, count, bytes(1));
 }
 
 #include "microkernel.inl"

@@ -5,7 +5,10 @@
 #endif
 #include "avx512.inl"
 
-inline Reg popcount_add(Reg acc, Reg v) { return _mm512_add_epi32(acc, _mm512_popcnt_epi32(v)); }
+inline Reg popcount_add(Reg acc, Reg v) {
+  accumulate(acc, _mm512_popcnt_epi32(v));
+  return acc;
+}
 
 #include "microkernel.inl"
 #include "rows.inl"

@@ -1,269 +1,234 @@
-// The integer microkernels, once, over the vocabulary that an ISA's file defines before it includes
-// this one:
+// The integer GEMM microkernels, once, over the vocabulary that an ISA's file defines before it
+// includes this one:
 //
 //   Reg                     a register of int32 lanes; kRegs of them make one 64-byte vector
-//   kMr, kPanels            the largest tile: kMr rows x kPanels panels of 16 channels
-//   zero() load(p) store(p, v) ones() opaque(v)
+//   FloatReg                the same of float32
+//   kMr, kPanels            the tile where there are several: kMr rows x kPanels panels of 16
+//   kTallMr, kTallPanels    a tall one, for few rows: weights are read once
+//   kChainSums              registers that a tile of few rows may spend on chains of sums
+//   kMaskInPlace            dot takes any byte as code, so a bit field need not be shifted down
+//   zero() load(p) store(p, v) bytes(x) opaque(v)
 //   broadcast(p)            4 bytes to every lane
-//   unpack<B, P>(v)         bit field P (B bits wide) of every byte
+//   unpack<B, P, S>(v)      bit field P (B bits wide) of every byte, moved to bit S
 //   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
 //   popcount_add(acc, v)    acc[lane] += bits set in the lane
-//   bit_xor(a, b) bit_and(a, b) sub(a, b): the last on lanes
+//   bit_xor(a, b) bit_and(a, b) add(a, b) sub(a, b): the last two on lanes
+//   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
-//   FloatReg, float_ones(), fmadd(a, b, c), opaque_float(v): for the float32 ceiling alone
+//   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
+//   multiply(a, b) fmadd(a, b, c) opaque_float(v)
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
 // hence the pragmas.
 
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
-
-// Distance that hides DRAM latency for the streaming (few-row) kernels; measured, see ../README.md.
-constexpr int kPrefetchSteps = 32;
+#define LOWBIT_INLINE inline __attribute__((always_inline))
 
 constexpr int kNr = kPanels * kPanel;  // channels of a tile
 constexpr int kRegBytes = kVectorBytes / kRegs;
+constexpr int kLanes = kRegBytes / 4;
 
-// How far ahead of step s to prefetch, in bytes. At the end of whole panels the next tile's are
-// next: they lie behind this tile's.
+#include "epilogue.inl"
+
+// --- what both kernels share ---------------------------------------------------------------------
+
+// The vectors of step s of NP panels; ahead of them, those of `fetch` panels from `ahead` on.
 template <int NP>
-inline ptrdiff_t prefetch_distance(int64_t s, int64_t steps, ptrdiff_t panel_stride) {
-  const bool ends = s + kPrefetchSteps >= steps && panel_stride == steps * kVectorBytes;
-  return kPrefetchSteps * kVectorBytes + (ends ? (NP - 1) * panel_stride : 0);
+LOWBIT_INLINE void load_panels(const uint8_t* w, ptrdiff_t stride, const uint8_t* ahead, int fetch,
+                               int64_t s, Reg (&x)[NP * kRegs]) {
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) if (p < fetch)
+      __builtin_prefetch(ahead + p * stride + s * kVectorBytes);
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+      x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
 }
 
-template <int B, int P, int MR, int V>
-inline void dot_planes(Reg (&acc)[MR][V], const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
-  Reg u[V];
-  LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, P>(x[v]);
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-    const Reg av = broadcast(a + r * pitch + 4 * P);
-    LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = dot<B>(acc[r][v], u[v], av);
-  }
-  if constexpr (P + 1 < 8 / B) dot_planes<B, P + 1>(acc, x, a, pitch);
-}
-
-template <int B, int MR, int NP>
-void dot_tile(const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
-              int64_t steps, int32_t* out) {
-  constexpr int V = NP * kRegs;
-  Reg acc[MR][V];
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
+template <int MR, int V>
+LOWBIT_INLINE void clear(Reg (&sums)[MR][V]) {
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] =
       zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    Reg x[V];
-    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
-    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
-      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
-    }
-    dot_planes<B, 0>(acc, x, a + s * (32 / B), pitch);
-  }
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
 }
 
-template <int MR, int NP, bool Masked>
-void xnor_tile(const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
-               ptrdiff_t panel_stride, int64_t steps, int32_t* out) {
-  constexpr int V = NP * kRegs;
-  Reg acc[MR][V];
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
-      zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    Reg x[V];
-    const ptrdiff_t ahead = prefetch_distance<NP>(s, steps, panel_stride);
-    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) {
-      const uint8_t* q = w + p * panel_stride + s * kVectorBytes;
-      if constexpr (MR <= 2) __builtin_prefetch(q + ahead);
-      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) x[p * kRegs + i] = load(q + i * kRegBytes);
+// --- dot -----------------------------------------------------------------------------------------
+
+// The sums of V registers of channels for MR rows, each in C chains: with few rows the latency of
+// `dot` asks for more of them than there are registers of output. Step u of every U adds its bit
+// field p to chain (u * P + p) % C. Where there is a chain for each field, and the ISA allows it,
+// a field stays in place and its chain's sum is shifted down at the end.
+template <int B, int S, int MR, int V, int C>
+struct Chains {
+  static constexpr int P = 8 / B, U = C > P ? C / P : 1;
+  static constexpr bool kInPlace = kMaskInPlace && B < 8 && C >= P;
+  static constexpr int kCodeBits = kInPlace ? 8 : B;
+
+  Reg sums[C][MR][V];
+
+  LOWBIT_INLINE Chains() { LOWBIT_UNROLL for (int c = 0; c < C; ++c) clear(sums[c]); }
+
+  template <int Step, int Field = 0>
+  LOWBIT_INLINE void add_step(const Reg (&x)[V], const int8_t* a, ptrdiff_t pitch) {
+    constexpr int c = (Step * P + Field) % C;
+    Reg u[V];
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+      if constexpr (kInPlace)
+        u[v] = bit_and(x[v], bytes(((1 << B) - 1) << (B * Field)));
+      else
+        u[v] = unpack<B, Field, S>(x[v]);
     }
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const Reg av = broadcast(reinterpret_cast<const int8_t*>(a + r * pitch + s));
-      LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-        Reg d = bit_xor(x[v], av);
-        if constexpr (Masked)
-          d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch + s)));
-        acc[r][v] = popcount_add(acc[r][v], d);
-      }
+      const Reg av = broadcast(a + r * pitch + 4 * Field);
+      LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[c][r][v] =
+          dot<kCodeBits>(sums[c][r][v], u[v], av);
     }
+    if constexpr (Field + 1 < P) add_step<Step, Field + 1>(x, a, pitch);
   }
-  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-      store(out + r * kNr + v * (kRegBytes / 4), acc[r][v]);
-}
 
-// Calls the tile for a number of rows known at run time: tile<rows>(...).
-template <int MR, class Call>
-inline void with_rows(int rows, Call call) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return with_rows<MR - 1>(rows, call);
+  template <int First = 0>
+  LOWBIT_INLINE Reg total(int r, int v) const {
+    Reg sum = sums[First][r][v];
+    if constexpr (kInPlace) sum = shift_left<S>(shift_right<B*(First % P)>(sum));
+    if constexpr (First + 1 < C) sum = add(sum, total<First + 1>(r, v));
+    return sum;
   }
-  call(IntConstant<MR>{});
-}
+};
 
-// Sums are modulo 2^32 until the offset is added: then they are exact.
-inline int32_t affine(int32_t acc, int shift, int32_t offset) {
-  return static_cast<int32_t>((static_cast<uint32_t>(acc) << shift) +
-                              static_cast<uint32_t>(offset));
-}
+constexpr int power_of_two(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1; }
 
-// A full tile of panels at once; fewer panels than that one by one.
-template <class Call>
-inline void over_panels(int panels, Call call) {
-  if (panels == kPanels) return call(0, IntConstant<kPanels>{});
-  for (int p = 0; p < panels; ++p) call(p, IntConstant<1>{});
-}
-
-template <int B>
-void dot_any(int rows, const int8_t* a, ptrdiff_t pitch, const uint8_t* w, ptrdiff_t panel_stride,
-             int panels, int64_t steps, int32_t* acc) {
-  over_panels(panels, [&](int p, auto np) {
-    with_rows<kMr>(rows, [&](auto mr) {
-      dot_tile<B, decltype(mr)::value, decltype(np)::value>(a, pitch, w + p * panel_stride,
-                                                            panel_stride, steps, acc + p * kPanel);
+template <int B, int S>
+struct Dot {
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs;
+    using Sums = Chains<B, S, MR, V, power_of_two(kChainSums / (MR * V))>;
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+      const int8_t* a = t.codes;
+      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      const int64_t end = first + steps;
+      const int fetch = t.fetch;
+      Sums sums;
+      const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
+        Reg x[V];
+        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        sums.template add_step<decltype(index)::value>(x, a + s * (32 / B), pitch);
+      };
+      int64_t s = first;
+      for (; s + Sums::U <= end; s += Sums::U) {
+        step(s, IntConstant<0>{});
+        if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
+        if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
+        if constexpr (Sums::U > 4) {
+          step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
+          step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+        }
+      }
+      if constexpr (Sums::U > 1)
+        for (; s < end; ++s) step(s, IntConstant<0>{});
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          out[r][v] = add(out[r][v], sums.total(r, v));
     });
+  }
+};
+
+// --- xnor: bits that differ ----------------------------------------------------------------------
+
+template <bool Masked>
+struct Xnor {
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs;
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+      const uint32_t *bits = t.bits, *mask = t.mask;
+      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      const int fetch = t.fetch;
+      Reg count[MR][V];
+      clear(count);
+      for (int64_t s = first; s < first + steps; ++s) {
+        Reg x[V];
+        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+          const Reg a = broadcast(reinterpret_cast<const int8_t*>(bits + r * pitch + s));
+          LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+            Reg d = bit_xor(x[v], a);
+            if constexpr (Masked)
+              d = bit_and(d, broadcast(reinterpret_cast<const int8_t*>(mask + r * pitch + s)));
+            count[r][v] = popcount_add(count[r][v], d);
+          }
+        }
+      }
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          out[r][v] = add(out[r][v], shift_left<1>(count[r][v]));
+    });
+  }
+};
+
+// --- any tile ------------------------------------------------------------------------------------
+
+// call(IntConstant<rows>) for Low <= rows <= High.
+template <int Low, int High, class Call>
+LOWBIT_INLINE void with_rows(int rows, Call call) {
+  if constexpr (Low < High) {
+    if (rows < High) return with_rows<Low, High - 1>(rows, call);
+  }
+  call(IntConstant<High>{});
+}
+
+// The fewest rows of one of several tiles: more rows than kTallMr, shared evenly among tiles of
+// kMr.
+constexpr int kFewest = (kTallMr + 1) / ((kTallMr + kMr) / kMr);
+
+// So few rows wait for memory: they take one panel after the other, in the order of the memory.
+constexpr int kStreamRows = 2;
+
+template <class Op>
+void run(const Tile& t) {
+  if (!t.tall && t.panels == kPanels)
+    return with_rows<kFewest, kMr>(
+        t.rows, [&](auto mr) { Op::template panels<decltype(mr)::value, kPanels>(t, 0); });
+  with_rows<1, kTallMr>(t.rows, [&](auto mr) {
+    constexpr int kRows = decltype(mr)::value;
+    int p = 0;
+    if constexpr (kRows > kStreamRows)
+      for (; p + kTallPanels <= t.panels; p += kTallPanels)
+        Op::template panels<kRows, kTallPanels>(t, p);
+    if constexpr (kRows <= kStreamRows || kTallPanels > 1)
+      for (; p < t.panels; ++p) Op::template panels<kRows, 1>(t, p);
   });
 }
 
-void xnor_any(int rows, const uint32_t* a, const uint32_t* mask, ptrdiff_t pitch, const uint8_t* w,
-              ptrdiff_t panel_stride, int panels, int64_t steps, int32_t* acc) {
-  over_panels(panels, [&](int p, auto np) {
-    with_rows<kMr>(rows, [&](auto mr) {
-      constexpr int kRows = decltype(mr)::value, kWide = decltype(np)::value;
-      const uint8_t* q = w + p * panel_stride;
-      int32_t* out = acc + p * kPanel;
-      if (mask)
-        xnor_tile<kRows, kWide, true>(a, mask, pitch, q, panel_stride, steps, out);
-      else
-        xnor_tile<kRows, kWide, false>(a, nullptr, pitch, q, panel_stride, steps, out);
-    });
-  });
-}
+void xnor_any(const Tile& t) { return t.mask ? run<Xnor<true>>(t) : run<Xnor<false>>(t); }
 
-int32_t sum_codes(const int8_t* q, int64_t n) {
-  Reg acc = zero();
-  int64_t i = 0;
-  for (; i + kRegBytes <= n; i += kRegBytes)
-    acc = dot<1>(acc, ones(), load(reinterpret_cast<const uint8_t*>(q + i)));
-  int32_t lanes[kRegBytes / 4], s = 0;
-  store(lanes, acc);
-  for (int32_t lane : lanes) s += lane;
-  for (; i < n; ++i) s += q[i];
-  return s;
-}
-
-// N: the number of taps, so that their weights stay in registers over the pixels; 0: any number.
-template <int B, int N>
-void depthwise_panel(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                     const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
-                     const int8_t* zeros, int32_t* acc, int32_t* sums) {
-  Reg codes[N ? N : 1][kRegs], zero_points[N ? N : 1];
-  const auto weights_of = [&](int t, Reg(&c)[kRegs], Reg& z) {
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) c[r] = load(w + t * w_stride + r * kRegBytes);
-    z = broadcast(zeros + 4 * t);
+// lanes[i] = q[4i] + .. + q[4i + 3], for n codes and zeros up to a multiple of 64.
+inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
+  const auto add = [&](const int8_t* from, int64_t at) {
+    for (int i = 0; i < kRegs; ++i)
+      store(lanes + at / 4 + i * kLanes,
+            dot<1>(zero(), bytes(1), load(reinterpret_cast<const uint8_t*>(from) + i * kRegBytes)));
   };
-  if constexpr (N > 0)
-    LOWBIT_UNROLL for (int t = 0; t < N; ++t) weights_of(t, codes[t], zero_points[t]);
-  for (int i = 0; i < pixels; ++i, columns += pixel_stride, acc += kNr) {
-    Reg a[kRegs], s[kRegs];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) a[r] = s[r] = zero();
-    const auto add_tap = [&](int t, const Reg(&c)[kRegs], const Reg& z) {
-      const uint8_t* column = reinterpret_cast<const uint8_t*>(columns + offsets[t]);
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
-        const Reg x = load(column + r * kRegBytes);
-        a[r] = dot<B>(a[r], c[r], x);
-        s[r] = dot<B>(s[r], z, x);
-      }
-    };
-    if constexpr (N > 0) {
-      LOWBIT_UNROLL for (int t = 0; t < N; ++t) add_tap(t, codes[t], zero_points[t]);
-    } else {
-      for (int t = 0; t < taps; ++t) {
-        weights_of(t, codes[0], zero_points[0]);
-        add_tap(t, codes[0], zero_points[0]);
-      }
+  int64_t i = 0;
+  for (; i + kVectorBytes <= n; i += kVectorBytes) add(q + i, i);
+  if (i == n) return;
+  int8_t last[kVectorBytes] = {};
+  __builtin_memcpy(last, q + i, static_cast<size_t>(n - i));
+  add(last, i);
+}
+
+// Groups are multiples of 32, or all there is.
+void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
+  constexpr int64_t kBlock = 4096;
+  int32_t lanes[kBlock / 4];
+  for (int64_t first = 0; first < n; first += group, ++out) {
+    const int64_t end = first + group < n ? first + group : n;
+    int32_t s = 0;
+    for (int64_t at = first; at < end; at += kBlock) {
+      const int64_t count = end - at < kBlock ? end - at : kBlock;
+      sum_quads(q + at, count, lanes);
+      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
     }
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(acc + r * (kRegBytes / 4), sub(a[r], s[r]));
-    if (sums) {
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(sums + r * (kRegBytes / 4), s[r]);
-      sums += kNr;
-    }
+    *out = s;
   }
 }
 
-template <int B>
-void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                   const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
-                   const int8_t* zeros, int panels, int32_t* acc, int32_t* sums) {
-  const auto run = taps == 3    ? depthwise_panel<B, 3>   // 3 x 3
-                   : taps == 10 ? depthwise_panel<B, 10>  // 5 x 5
-                                : depthwise_panel<B, 0>;
-  for (int p = 0; p < panels; ++p)
-    run(pixels, columns + p * kVectorBytes, pixel_stride, taps, offsets, w + p * kVectorBytes,
-        w_stride, zeros, acc + p * kPanel, sums ? sums + p * kPanel : nullptr);
-}
-
-void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {
-  for (int64_t i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, v);
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-        store(reinterpret_cast<int32_t*>(out + 4 * i) + r * (kRegBytes / 4), v[r]);
-  }
-}
-
-// Rows are 64 bytes and may be read whole.
-void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
-  for (int i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
-    int32_t pixels[16];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
-    const int n = count - i < 16 ? count - i : 16;
-    if (channels == 4) {
-      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
-    } else {
-      for (int j = 0; j < n; ++j)
-        for (int c = 0; c < channels; ++c)
-          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
-    }
-  }
-}
-
-// The ceilings: the kernels' own instruction mix on registers alone.
-constexpr int kChains = 12;
-
-double probe_dot(int64_t iterations) {
-  Reg acc[kChains], u = ones(), a = ones();
-  opaque(u), opaque(a);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      acc[i] = dot<4>(acc[i], u, a);
-      opaque(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * kRegBytes;
-}
-
-double probe_xnor(int64_t iterations) {
-  Reg acc[kChains], u = ones(), a = zero();
-  opaque(u), opaque(a);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      opaque(u);
-      acc[i] = popcount_add(acc[i], bit_xor(u, a));
-      opaque(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * kRegBytes * 8;
-}
-
-double probe_fma(int64_t iterations) {
-  FloatReg acc[kChains], a = float_ones(), b = float_ones();
-  opaque_float(a), opaque_float(b);
-  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = float_ones();
-  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
-      acc[i] = fmadd(a, b, acc[i]);
-      opaque_float(acc[i]);
-    }
-  return static_cast<double>(iterations) * kChains * (kRegBytes / 4);
-}
+#include "depthwise.inl"
+#include "probes.inl"

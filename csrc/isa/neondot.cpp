@@ -13,12 +13,14 @@
 #include "begin.inl"
 
 using Reg = int32x4_t;
-constexpr int kRegs = 4, kMr = 4, kPanels = 1;
+constexpr int kRegs = 4, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1;
+constexpr int kChainSums = 16;
+constexpr bool kMaskInPlace = false;  // sdot: codes below 128
 
 inline Reg zero() { return vdupq_n_s32(0); }
 inline Reg load(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
 inline void store(int32_t* p, Reg v) { vst1q_s32(p, v); }
-inline Reg ones() { return vreinterpretq_s32_s8(vdupq_n_s8(1)); }
+inline Reg bytes(int x) { return vreinterpretq_s32_s8(vdupq_n_s8(static_cast<int8_t>(x))); }
 inline Reg broadcast(const int8_t* p) {
   int32_t x;
   __builtin_memcpy(&x, p, 4);
@@ -26,22 +28,28 @@ inline Reg broadcast(const int8_t* p) {
 }
 inline void opaque(Reg& v) { asm volatile("" : "+w"(v)); }
 using FloatReg = float32x4_t;
-inline FloatReg float_ones() { return vdupq_n_f32(1.0f); }
+inline FloatReg to_float(Reg v) { return vcvtq_f32_s32(v); }
+inline FloatReg float_load(const float* p) { return vld1q_f32(p); }
+inline FloatReg half_load(const uint16_t* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+inline void float_store(float* p, FloatReg v) { vst1q_f32(p, v); }
+inline FloatReg float_splat(float x) { return vdupq_n_f32(x); }
+inline FloatReg float_broadcast(const float* p) { return vld1q_dup_f32(p); }
+inline FloatReg multiply(FloatReg a, FloatReg b) { return vmulq_f32(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return vfmaq_f32(c, a, b); }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+w"(v)); }
 
-template <int B, int P>
+template <int B, int P, int S>
 inline Reg unpack(Reg v) {
-  const uint8x16_t u = vreinterpretq_u8_s32(v);
-  if constexpr (B == 8) {
-    return v;
-  } else if constexpr (P == 0) {
-    return vreinterpretq_s32_u8(vandq_u8(u, vdupq_n_u8((1 << B) - 1)));
-  } else if constexpr (B * (P + 1) == 8) {
-    return vreinterpretq_s32_u8(vshrq_n_u8(u, B * P));
-  } else {
-    return vreinterpretq_s32_u8(vandq_u8(vshrq_n_u8(u, B * P), vdupq_n_u8((1 << B) - 1)));
+  uint8x16_t u = vreinterpretq_u8_s32(v);
+  if constexpr (B < 8) {
+    if constexpr (B * P > S) u = vshrq_n_u8(u, B * P - S);
+    if constexpr (B * P < S) u = vshlq_n_u8(u, S - B * P);
+    constexpr bool kTop = B * (P + 1) == 8 && S == 0;  // nothing is left above or below
+    if constexpr (!kTop) u = vandq_u8(u, vdupq_n_u8(((1 << B) - 1) << S));
   }
+  return vreinterpretq_s32_u8(u);
 }
 
 template <int B>
@@ -57,7 +65,17 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   }
 }
 
+inline Reg add(Reg a, Reg b) { return vaddq_s32(a, b); }
 inline Reg sub(Reg a, Reg b) { return vsubq_s32(a, b); }
+template <int N>
+inline Reg shift_left(Reg v) {
+  return vshlq_n_s32(v, N);
+}
+template <int N>
+inline Reg shift_right(Reg v) {
+  if constexpr (N > 0) v = vshrq_n_s32(v, N);
+  return v;
+}
 inline Reg bit_xor(Reg a, Reg b) { return veorq_s32(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return vandq_s32(a, b); }
 inline Reg popcount_add(Reg acc, Reg v) {

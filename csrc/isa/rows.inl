@@ -111,20 +111,16 @@ void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
   for (int64_t w = 0; w < words; ++w) bits[w] = unshuffle(unshuffle(bits[w]));
 }
 
-void to_float(int rows, const int32_t* acc, int shift, const int32_t* offset, float* f) {
-  for (int r = 0; r < rows; ++r, acc += kNr, f += kNr)
-    for (int c = 0; c < kNr; ++c) f[c] = static_cast<float>(affine(acc[c], shift, offset[r]));
+void to_float(int rows, const int32_t* sums, float* f) {
+  for (int i = 0; i < rows * kNr; ++i) f[i] = static_cast<float>(sums[i]);
 }
 
-void widen(int rows, int planes, const int32_t* acc, int shift, const int32_t* offset,
-           double* wide) {
-  for (int r = 0; r < rows; ++r, acc += planes * kNr, wide += kNr) {
+void widen(int rows, int planes, const int32_t* sums, double* wide) {
+  for (int r = 0; r < rows; ++r, sums += planes * kNr, wide += kNr) {
     if (planes == 1) {
-      for (int c = 0; c < kNr; ++c) wide[c] += affine(acc[c], shift, offset[r]);
+      for (int c = 0; c < kNr; ++c) wide[c] += sums[c];
     } else {
-      for (int c = 0; c < kNr; ++c)
-        wide[c] += 256.0 * affine(acc[c], shift, offset[2 * r]) +
-                   affine(acc[c + kNr], shift, offset[2 * r + 1]);
+      for (int c = 0; c < kNr; ++c) wide[c] += 256.0 * sums[c] + sums[c + kNr];
     }
   }
 }
@@ -160,20 +156,37 @@ void transpose(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y
     }
 }
 
-// float16 to float32, exactly, infinities and NaN included; float16's subnormals by way of
-// integers, so that flushing those of float32 changes nothing.
-inline float half_to_float(uint16_t h) {
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-  const uint32_t offset = magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u;
-  const uint32_t small = bits_of(static_cast<float>(h & 0x3ff) * 0x1p-24f);
-  return float_of(sign | (magnitude < 0x00800000u ? small : magnitude + offset));
+using Halves = uint16_t __attribute__((vector_size(16)));
+
+// Eight rows of eight: each of three rounds deals the rows of both halves out in turn.
+inline void transpose_halves(const uint16_t* src, int64_t pitch, uint16_t* dst, int64_t dst_pitch) {
+  Halves a[8], b[8];
+  LOWBIT_UNROLL for (int i = 0; i < 8; ++i) __builtin_memcpy(&a[i], src + i * pitch, sizeof(a[i]));
+  LOWBIT_UNROLL for (int round = 0; round < 3; ++round) {
+    LOWBIT_UNROLL for (int i = 0; i < 4; ++i) {
+      b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    LOWBIT_UNROLL for (int i = 0; i < 8; ++i) a[i] = b[i];
+  }
+  LOWBIT_UNROLL for (int i = 0; i < 8; ++i)
+      __builtin_memcpy(dst + i * dst_pitch, &a[i], sizeof(a[i]));
 }
 
 void expand_groups(const uint16_t* src, int cols, int64_t groups, float* dst) {
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int c = 0; c < cols; ++c) dst[g * kNr + c] = half_to_float(src[c * groups + g]);
-    for (int c = cols; c < kNr; ++c) dst[g * kNr + c] = 0.0f;
+  for (int64_t g = 0; g < groups; g += 8, dst += 8 * kNr) {
+    const int count = groups - g < 8 ? static_cast<int>(groups - g) : 8;
+    const int padded = (cols + kPanel - 1) / kPanel * kPanel;
+    uint16_t rows[8][kNr];
+    int c = 0;
+    if (count == 8)
+      for (; c + 8 <= cols; c += 8)
+        transpose_halves(src + c * groups + g, groups, &rows[0][c], kNr);
+    for (; c < padded; ++c)
+      for (int i = 0; i < count; ++i) rows[i][c] = c < cols ? src[c * groups + g + i] : uint16_t{0};
+    for (int i = 0; i < count; ++i)
+      for (int v = 0; v < padded; v += kLanes)
+        float_store(dst + i * kNr + v, half_load(&rows[i][v]));
   }
 }
 

@@ -6,7 +6,8 @@
 struct Reg {
   uint32_t lane[16];
 };
-constexpr int kRegs = 1, kMr = 4, kPanels = 1;
+constexpr int kRegs = 1, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1, kChainSums = 1;
+constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return Reg{}; }
 inline Reg load(const uint8_t* p) {
@@ -20,7 +21,7 @@ inline Reg splat(uint32_t x) {
   for (uint32_t& lane : v.lane) lane = x;
   return v;
 }
-inline Reg ones() { return splat(0x01010101u); }
+inline Reg bytes(int x) { return splat(0x01010101u * static_cast<uint32_t>(x)); }
 inline Reg broadcast(const int8_t* p) {
   uint32_t x;
   __builtin_memcpy(&x, p, 4);
@@ -30,10 +31,43 @@ inline void opaque(Reg& v) { asm volatile("" : "+m"(v)); }
 struct FloatReg {
   float lane[16];
 };
-inline FloatReg float_ones() {
+inline FloatReg float_splat(float x) {
   FloatReg v;
-  for (float& lane : v.lane) lane = 1.0f;
+  for (float& lane : v.lane) lane = x;
   return v;
+}
+inline FloatReg float_broadcast(const float* p) { return float_splat(*p); }
+inline FloatReg float_load(const float* p) {
+  FloatReg v;
+  __builtin_memcpy(&v, p, 64);
+  return v;
+}
+// float16 to float32, exactly, infinities and NaN included; float16's subnormals by way of
+// integers, so that flushing those of float32 changes nothing.
+inline FloatReg half_load(const uint16_t* p) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t magnitude = static_cast<uint32_t>(p[i] & 0x7fff) << 13;
+    const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000) << 16;
+    const uint32_t offset = magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u;
+    const float small = static_cast<float>(p[i] & 0x3ff) * 0x1p-24f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &small, 4);
+    bits = sign | (magnitude < 0x00800000u ? bits : magnitude + offset);
+    __builtin_memcpy(&out.lane[i], &bits, 4);
+  }
+  return out;
+}
+inline void float_store(float* p, const FloatReg& v) { __builtin_memcpy(p, &v, 64); }
+inline FloatReg to_float(const Reg& v) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(static_cast<int32_t>(v.lane[i]));
+  return out;
+}
+inline FloatReg multiply(const FloatReg& a, const FloatReg& b) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] * b.lane[i];
+  return out;
 }
 inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
   FloatReg out;
@@ -42,11 +76,11 @@ inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
 }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+m"(v)); }
 
-template <int B, int P>
+template <int B, int P, int S>
 inline Reg unpack(const Reg& v) {
   constexpr uint32_t kMask = ((1u << B) - 1) * 0x01010101u;
   Reg u;
-  for (int i = 0; i < 16; ++i) u.lane[i] = v.lane[i] >> (B * P) & kMask;
+  for (int i = 0; i < 16; ++i) u.lane[i] = (v.lane[i] >> (B * P) & kMask) << S;
   return u;
 }
 
@@ -63,6 +97,24 @@ inline Reg dot(const Reg& acc, const Reg& u, const Reg& a) {
   return out;
 }
 
+inline Reg add(const Reg& a, const Reg& b) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+  return v;
+}
+template <int N>
+inline Reg shift_left(const Reg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = v.lane[i] << N;
+  return out;
+}
+template <int N>
+inline Reg shift_right(const Reg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i)
+    out.lane[i] = static_cast<uint32_t>(static_cast<int32_t>(v.lane[i]) >> N);
+  return out;
+}
 inline Reg sub(const Reg& a, const Reg& b) {
   Reg v;
   for (int i = 0; i < 16; ++i) v.lane[i] = a.lane[i] - b.lane[i];

@@ -4,7 +4,7 @@
 #define LOWBIT_JOIN2(a, b) a##b
 #define LOWBIT_JOIN(a, b) LOWBIT_JOIN2(a, b)
 
-static_assert(kMr % 2 == 0, "an int16 row is two rows of a tile");
+static_assert(kMr % 2 == 0 && kTallMr % 2 == 0, "an int16 row is two rows of a tile");
 
 }  // namespace
 
@@ -13,7 +13,13 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     LOWBIT_STRING(LOWBIT_KERNEL_NAME),
     kMr,
     kNr,
-    {dot_any<8>, dot_any<4>, dot_any<2>, dot_any<1>},
+    kTallMr,
+    kTallPanels* kPanel,
+    {
+#define X(name, bits, mul, add) run<Dot<bits, mul == 2 ? 1 : 0>>,
+        LOWBIT_FORMATS(X)
+#undef X
+    },
     xnor_any,
     {depthwise_any<8>, depthwise_any<4>},
     interleave4,
@@ -23,7 +29,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     quantize16,
     binarize,
     binarize_bits,
-    sum_codes,
+    sum_codes_of_groups,
     transpose4,
     to_float,
     widen,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import _core
 from lowbit.formats import FORMATS
-from lowbit.inputs import check_tensor
+from lowbit.inputs import check_tensor, runs_directly
+from lowbit.nn.floats import autocast
 from lowbit.nn.loading import format_version, state_problems
-from lowbit.packed import PackedWeight, Tensors, tensor_shapes
+from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
+
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+
+# torch.compile takes it for True.
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 _BUFFERS = (
     "weight_packed",
@@ -63,8 +69,10 @@ class QuantizedLayer(nn.Module):
 
     # Set by the conversion: the layer's name in its model, for error messages.
     _fqn: str | None = None
-    # The operands as last checked. They are not state: never copied, pickled or shared.
+    # The operands as last checked, and the call prepared with them. They are not state: never
+    # copied, pickled or shared.
     _checked: PackedWeight | None = None
+    _direct: _core.Direct | None = None
 
     def _create_buffers(
         self,
@@ -132,6 +140,13 @@ class QuantizedLayer(nn.Module):
             weight = weight.to(device=self.weight_packed.device, dtype=self.weight_dtype)
             return weight.as_subclass(DequantizedWeight)
 
+    def _dequantized(self, layer: _Layer) -> _Layer:
+        """A float layer of this one's sizes, with what the codes mean as its weights."""
+        layer.weight = nn.Parameter(self.weight.as_subclass(Tensor))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
+        return layer.train(self.training)
+
     def quantized_weight(self) -> QuantizedWeight:
         """Codes and scales of the weight as a matrix [N, K], K as in the packed layout."""
         blocks, rows, depth = self._layout()
@@ -178,26 +193,61 @@ class QuantizedLayer(nn.Module):
 
     # --- Forward -------------------------------------------------------------------------------
 
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output for an input of a shape and dtype that the class names.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an input that no float layer would take either,
+                or that is not on the CPU, or that wants gradients while the layer is training.
+        """
+        if _is_compiling():
+            return self._dispatch(input)
+        direct = self._direct
+        if direct is not None:
+            y = direct(input, self.__dict__)
+            if y is not None:
+                return y
+        if not runs_directly(input):
+            return self._dispatch(input)
+        if input.requires_grad:
+            self._refuse_training(input)
+            input = input.detach()
+        return self._run(input, self._operands())
+
+    def _run(self, x: Tensor, w: PackedWeight) -> Tensor:
+        """The output for an ordinary CPU tensor, without the dispatcher."""
+        raise NotImplementedError
+
+    def _dispatch(self, x: Any) -> Tensor:
+        """The same through the dispatcher."""
+        raise NotImplementedError
+
+    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
+        """The call that forward tries first."""
+        raise NotImplementedError
+
+    def _call_operator(self, operator: Callable[..., Tensor], x: Any, *sizes: Any) -> Tensor:
+        """Calls an operator of `torch.ops.lowbit` with the layer's operands."""
+        y = operator(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_group_scale,
+            self.weight_group_zero,
+            self.bias,
+            self.scheme.weight,
+            self.scheme.activation,
+            *sizes,
+        )
+        return autocast(y)
+
     def _operands(self) -> PackedWeight:
         """The checked operands; checked again if a tensor or its memory is another one."""
-        checked = self._checked
-        if checked is not None:
-            buffers = self._buffers
-            packed, scale, group_scale, group_zero, bias = checked.tensors
-            addresses = checked.operands[-5:]
-            if (
-                buffers.get("weight_packed") is packed
-                and buffers.get("weight_scale") is scale
-                and buffers.get("weight_group_scale") is group_scale
-                and buffers.get("weight_group_zero") is group_zero
-                and buffers.get("bias") is bias
-                and packed.data_ptr() == addresses[0]
-                and scale.data_ptr() == addresses[1]
-                and (group_scale is None or group_scale.data_ptr() == addresses[2])
-                and (group_zero is None or group_zero.data_ptr() == addresses[3])
-                and (bias is None or bias.data_ptr() == addresses[4])
-            ):
-                return checked
+        checked, direct = self._checked, self._direct
+        if checked is not None and (
+            self._is_current(checked) if direct is None else direct.matches(self.__dict__)
+        ):
+            return checked
         checked = self._check_operands(
             (
                 self.weight_packed,
@@ -208,7 +258,20 @@ class QuantizedLayer(nn.Module):
             )
         )
         self.__dict__["_checked"] = checked
+        self.__dict__["_direct"] = self._prepare(checked)
         return checked
+
+    def _is_current(self, checked: PackedWeight) -> bool:
+        """Whether the operands are those that were checked, where no prepared call can tell."""
+        if self._parameters:  # one of the tensors may have become one
+            return False
+        buffers = self._buffers
+        for name, tensor, address in zip(NAMES, checked.tensors, checked.addresses, strict=True):
+            if buffers.get(name) is not tensor or (
+                tensor is not None and tensor.data_ptr() != address
+            ):
+                return False
+        return True
 
     def _refuse_training(self, x: Tensor) -> None:
         if x.requires_grad and self.training and torch.is_grad_enabled():
@@ -285,6 +348,7 @@ class QuantizedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_checked", None)
+        state.pop("_direct", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

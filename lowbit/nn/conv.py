@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit import _core, ops
-from lowbit.inputs import check_channels, output_size, runs_directly
+from lowbit.direct import prepare_conv2d
+from lowbit.inputs import check_channels, output_size
 from lowbit.nn.base import QuantizedLayer
-from lowbit.nn.floats import autocast, check_float_layer, float_bias
+from lowbit.nn.floats import check_float_layer, float_bias
 from lowbit.packed import PackedWeight, Tensors, conv2d_weight, conv_weight_layout
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
@@ -141,36 +142,26 @@ class Conv2d(QuantizedLayer):
             padding_mode=self.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
-        conv.weight = nn.Parameter(self.weight.as_subclass(Tensor))
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
-        return conv.train(self.training)
+        return self._dequantized(conv)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [N, C, H, W] or [C, H, W] -> the same with the output's channels and size.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: an input that no float layer would take either,
-                or that is not on the CPU, or that wants gradients while the layer is training.
-        """
-        x = input
-        if torch.compiler.is_compiling() or not runs_directly(x):
-            return self._dispatch(x)
-        if x.requires_grad:
-            self._refuse_training(x)
-            x = x.detach()
+    def _run(self, x: Tensor, w: PackedWeight) -> Tensor:
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
         padding = self._pads()
         if self.padding_mode != "zeros":
             x, padding = self._pad(x), (0, 0, 0, 0)
-        y = ops.conv2d_direct(
-            x, self._operands(), _pair(self.stride), padding, _pair(self.dilation)
-        )
+        y = ops.conv2d_direct(x, w, _pair(self.stride), padding, _pair(self.dilation))
         return y.squeeze(0) if unbatched else y
 
-    def _dispatch(self, x: Tensor) -> Tensor:
+    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
+        if self.padding_mode != "zeros":
+            return None
+        names = ("stride", "padding", "dilation", "padding_mode")
+        settings = {name: getattr(self, name) for name in names}
+        return prepare_conv2d(w, settings, _pair(self.stride), self._pads(), _pair(self.dilation))
+
+    def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
         unbatched = isinstance(x, Tensor) and x.dim() == 3
         if unbatched:
@@ -183,25 +174,10 @@ class Conv2d(QuantizedLayer):
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if isinstance(x, Tensor):
             output_size(x.shape, self.kernel_size, stride, padding, dilation, self.label)
-        y: Tensor = torch.ops.lowbit.conv2d(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_group_scale,
-            self.weight_group_zero,
-            self.bias,
-            self.scheme.weight,
-            self.scheme.activation,
-            self.in_channels,
-            self.out_channels,
-            self.scheme.group_size or 0,
-            self.kernel_size,
-            stride,
-            padding,
-            dilation,
-            self.groups,
-        )
-        return autocast(y.squeeze(0) if unbatched else y)
+        sizes = (self.in_channels, self.out_channels, self.scheme.group_size or 0)
+        window = (self.kernel_size, stride, padding, dilation, self.groups)
+        y = self._call_operator(torch.ops.lowbit.conv2d, x, *sizes, *window)
+        return y.squeeze(0) if unbatched else y
 
     def _pads(self) -> tuple[int, int, int, int]:
         """Top, left, bottom, right. What "same" cannot halve goes to the bottom and the right."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import ops
-from lowbit.inputs import check_features, runs_directly
+from lowbit import _core, ops
+from lowbit.direct import prepare_linear
+from lowbit.inputs import check_features
 from lowbit.nn.base import QuantizedLayer
-from lowbit.nn.floats import autocast, check_float_layer, float_bias
+from lowbit.nn.floats import check_float_layer, float_bias
 from lowbit.packed import PackedWeight, Tensors, linear_weight
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
@@ -83,46 +84,21 @@ class Linear(QuantizedLayer):
 
     def dequantize(self) -> nn.Linear:
         """A float layer whose weights are what the codes mean."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(self.weight.as_subclass(Tensor))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
-        return linear.train(self.training)
+        sizes = (self.in_features, self.out_features)
+        return self._dequantized(nn.Linear(*sizes, bias=self.bias is not None, device="meta"))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] -> [..., out_features], same dtype.
+    def _run(self, x: Tensor, w: PackedWeight) -> Tensor:
+        return ops.linear_direct(x, w)
 
-        Raises:
-            TypeError, ValueError, RuntimeError: an input that no float layer would take either,
-                or that is not on the CPU, or that wants gradients while the layer is training.
-        """
-        x = input
-        if torch.compiler.is_compiling() or not runs_directly(x):
-            return self._dispatch(x)
-        if x.requires_grad:
-            self._refuse_training(x)
-        return ops.linear_direct(x, self._operands())
+    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
+        return prepare_linear(w)
 
-    def _dispatch(self, x: Tensor) -> Tensor:
+    def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
         if isinstance(x, Tensor):
             check_features(x.shape, self.in_features, self.label)
-        y: Tensor = torch.ops.lowbit.linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_group_scale,
-            self.weight_group_zero,
-            self.bias,
-            self.scheme.weight,
-            self.scheme.activation,
-            self.in_features,
-            self.out_features,
-            self.scheme.group_size or 0,
-        )
-        return autocast(y)
+        sizes = (self.in_features, self.out_features, self.scheme.group_size or 0)
+        return self._call_operator(torch.ops.lowbit.linear, x, *sizes)
 
     def _layout(self) -> tuple[int, int, int]:
         return 1, self.out_features, self.in_features

@@ -1,0 +1,491 @@
+#include "direct.h"
+
+#include <structmember.h>
+
+#include <climits>
+#include <cstddef>
+#include <exception>
+#include <new>
+
+#include "parallel.h"
+
+namespace lowbit {
+namespace {
+
+// --- DLPack's exchange table (version 1), as far as it is used -----------------------------------
+
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+
+  bool operator==(const DataType& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+};
+
+constexpr DataType kFloat32{2, 32, 1}, kFloat16{2, 16, 1}, kBfloat16{4, 16, 1}, kFloat64{2, 64, 1};
+constexpr int32_t kCpu = 1;
+
+struct View {
+  char* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;  // in elements; null: contiguous
+  uint64_t byte_offset;
+};
+static_assert(sizeof(void*) != 8 || sizeof(View) == 48, "DLTensor's layout");
+
+struct Header {
+  uint32_t major, minor;
+  Header* older;
+};
+
+struct ExchangeTable {
+  Header header;
+  void* not_used[3];
+  int (*view)(void* tensor, View* out);  // 0, or -1 with a Python error; borrows from the tensor
+};
+
+// --- What is needed of torch ---------------------------------------------------------------------
+
+struct Torch {
+  PyObject *tensor_type, *parameter_type, *float32, *get_num_threads, *questions;
+  PyObject *new_empty, *new_empty_strided, *is_neg, *to;  // methods of Tensor
+  decltype(ExchangeTable::view) view;
+};
+Torch torch{};  // set once, under the GIL; never released: torch is not unloaded
+
+// Names of attributes and buffers, interned.
+constexpr int kTensors = 5;
+struct Names {
+  PyObject *buffers, *training, *requires_grad, *dtype, *tensors[kTensors];
+} names{};
+
+bool intern(PyObject*& name, const char* text) {
+  return (name = PyUnicode_InternFromString(text)) != nullptr;
+}
+
+bool intern_names() {
+  return intern(names.buffers, "_buffers") && intern(names.training, "training") &&
+         intern(names.requires_grad, "requires_grad") && intern(names.dtype, "dtype") &&
+         intern(names.tensors[0], "weight_packed") && intern(names.tensors[1], "weight_scale") &&
+         intern(names.tensors[2], "weight_group_scale") &&
+         intern(names.tensors[3], "weight_group_zero") && intern(names.tensors[4], "bias");
+}
+
+// An owned reference.
+struct Owned {
+  PyObject* object;
+
+  explicit Owned(PyObject* o) : object(o) {}
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  ~Owned() { Py_XDECREF(object); }
+  PyObject* release() {
+    PyObject* o = object;
+    object = nullptr;
+    return o;
+  }
+};
+
+// A question's answer: 1 or 0, or -1 with a Python error.
+int is_true(PyObject* answer) {
+  if (!answer) return -1;
+  const int truth = PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  return truth;
+}
+
+int is_intercepted() {
+  const Py_ssize_t count = PyTuple_GET_SIZE(torch.questions);
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (const int answer = is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.questions, i))))
+      return answer;
+  return 0;
+}
+
+bool is_tensor(PyObject* o) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(o));
+  return type == torch.tensor_type || type == torch.parameter_type;
+}
+
+// False, without an error, for a tensor without memory of its own (sparse, nested, ...).
+bool read(PyObject* tensor, View& view) {
+  if (torch.view(tensor, &view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  view.data += view.byte_offset;
+  return view.device_type == kCpu;
+}
+
+// Whether dimensions in the order of `order` (outermost first) lie one after the other.
+bool is_dense(const View& v, const int* order) {
+  if (!v.strides) return false;
+  int64_t expected = 1;
+  for (int i = v.ndim - 1; i >= 0; --i) {
+    const int d = order ? order[i] : i;
+    if (v.shape[d] != 1 && v.strides[d] != expected) return false;
+    expected *= v.shape[d];
+  }
+  return true;
+}
+
+bool is_contiguous(const View& v) { return !v.strides || is_dense(v, nullptr); }
+
+int64_t numel(const View& v) {
+  uint64_t count = 1;  // of a tensor without elements the other sizes may overflow
+  for (int i = 0; i < v.ndim; ++i) count *= static_cast<uint64_t>(v.shape[i]);
+  return static_cast<int64_t>(count);
+}
+
+// --- The callable --------------------------------------------------------------------------------
+
+// A tensor of the layer as it was checked.
+struct Operand {
+  PyObject* tensor;  // owned; None where there is none
+  const char* data;
+  int64_t count;
+  DataType dtype;
+
+  bool is_same() const {
+    View v;
+    return tensor == Py_None || (read(tensor, v) && v.data == data && v.dtype == dtype &&
+                                 numel(v) == count && is_contiguous(v));
+  }
+};
+
+struct Direct {
+  PyObject head;
+  vectorcallfunc vectorcall;
+  PyObject* settings;
+  PyObject* out_features;
+  Operand operands[kTensors];
+  Weights weights;
+  Activation activation;
+  bool is_conv2d;
+  DirectConv2d conv2d;
+};
+
+PyObject* decline() { Py_RETURN_NONE; }
+
+// Whether the layer is what it was when it was checked.
+bool is_same_layer(const Direct& self, PyObject* attributes) {
+  PyObject* const buffers = PyDict_GetItemWithError(attributes, names.buffers);
+  if (!buffers || !PyDict_Check(buffers)) return false;
+  for (int i = 0; i < kTensors; ++i)
+    if (PyDict_GetItemWithError(buffers, names.tensors[i]) != self.operands[i].tensor ||
+        !self.operands[i].is_same())
+      return false;
+  PyObject *name, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(self.settings, &at, &name, &value);)
+    if (PyDict_GetItemWithError(attributes, name) != value) return false;
+  return true;
+}
+
+// Less work than this is done before another thread could take the GIL and give it back.
+constexpr int64_t kMacsWithGil = int64_t{1} << 17;
+
+// False: the work failed, and the error is Python's.
+template <class Work>
+bool run(int64_t macs, Work work) {
+  int threads = 1;
+  if (worthwhile_threads(INT_MAX, macs) > 1) {
+    Owned answer(PyObject_CallNoArgs(torch.get_num_threads));
+    const long count = answer.object ? PyLong_AsLong(answer.object) : -1;
+    if (PyErr_Occurred()) return false;
+    threads = static_cast<int>(count < 1 ? 1 : count);
+  }
+  std::exception_ptr error;
+  PyThreadState* const state = macs > kMacsWithGil ? PyEval_SaveThread() : nullptr;
+  try {
+    work(threads);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (state) PyEval_RestoreThread(state);
+  if (!error) return true;
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  return false;
+}
+
+template <size_t N>
+struct Integers {
+  PyObject* objects[N] = {};
+
+  ~Integers() {
+    for (PyObject* o : objects) Py_XDECREF(o);
+  }
+};
+
+PyObject* linear_call(const Direct& self, PyObject* x, const View& in) {
+  constexpr int kMostDimensions = 8;
+  const Weights& w = self.weights;
+  if (in.ndim < 1 || in.ndim > kMostDimensions || in.shape[in.ndim - 1] != w.k ||
+      !is_contiguous(in))
+    return decline();
+  const int64_t m = numel(in) / w.k;
+  if (m == 0) return decline();
+
+  Integers<kMostDimensions> sizes;
+  PyObject* arguments[1 + kMostDimensions] = {x};
+  for (int i = 0; i + 1 < in.ndim; ++i)
+    if (!(arguments[1 + i] = sizes.objects[i] = PyLong_FromLongLong(in.shape[i]))) return nullptr;
+  arguments[in.ndim] = self.out_features;
+  const auto count = static_cast<size_t>(in.ndim) + 1;
+  Owned y(PyObject_Vectorcall(torch.new_empty, arguments, count, nullptr));
+  View out;
+  if (!y.object) return nullptr;
+  if (!is_tensor(y.object) || !read(y.object, out)) return decline();
+  const bool done = run(m * w.n * w.k, [&](int threads) {
+    linear(reinterpret_cast<const float*>(in.data), m, w, self.activation,
+           reinterpret_cast<float*>(out.data), threads);
+  });
+  return done ? y.release() : nullptr;
+}
+
+// c10's is_channels_last_strides_2d: strides that do not decide mean contiguous.
+bool suggests_channels_last(const View& v) {
+  if (!v.strides || v.strides[1] == 0) return false;
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (v.shape[d] == 0 || v.strides[d] < least || (d == 0 && least == v.strides[1])) return false;
+    least = v.shape[d] > 1 ? v.strides[d] * v.shape[d] : v.strides[d];
+  }
+  return true;
+}
+
+// A new tensor of x's kind, [n, c, h, w], dense.
+PyObject* new_image(PyObject* x, const Conv2dGeometry& g) {
+  const int64_t n = g.batch, c = g.out_channels, h = g.out_height, w = g.out_width;
+  if (g.y_channels_last) {
+    Owned shape(Py_BuildValue("(LLLL)", n, c, h, w));
+    Owned strides(Py_BuildValue("(LLLL)", h * w * c, int64_t{1}, w * c, c));
+    if (!shape.object || !strides.object) return nullptr;
+    PyObject* arguments[] = {x, shape.object, strides.object};
+    return PyObject_Vectorcall(torch.new_empty_strided, arguments, 3, nullptr);
+  }
+  const int64_t values[] = {n, c, h, w};
+  Integers<4> sizes;
+  PyObject* arguments[5] = {x};
+  for (int i = 0; i < 4; ++i) {
+    if (!(sizes.objects[i] = PyLong_FromLongLong(values[i]))) return nullptr;
+    arguments[1 + i] = sizes.objects[i];
+  }
+  return PyObject_Vectorcall(torch.new_empty, arguments, 5, nullptr);
+}
+
+// `given` decides the memory format of the output: x before it was converted.
+PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in, const View& given) {
+  Conv2dGeometry g = self.conv2d.geometry;
+  if (in.ndim != 4 || in.shape[1] != g.channels || numel(in) == 0) return decline();
+  g.batch = in.shape[0];
+  g.height = in.shape[2];
+  g.width = in.shape[3];
+  const int64_t down =
+      g.height + g.pad_top + self.conv2d.pad_bottom - 1 - g.dilation_h * (g.kernel_h - 1);
+  const int64_t across =
+      g.width + g.pad_left + self.conv2d.pad_right - 1 - g.dilation_w * (g.kernel_w - 1);
+  if (down < 0 || across < 0) return decline();
+  g.out_height = down / g.stride_h + 1;
+  g.out_width = across / g.stride_w + 1;
+  // The sum behind binary activations has NHWC's order.
+  constexpr int kNhwc[] = {0, 2, 3, 1};
+  g.x_channels_last = !(is_contiguous(in) && self.activation != Activation::binary);
+  if (g.x_channels_last && !is_dense(in, kNhwc)) return decline();
+  g.y_channels_last = suggests_channels_last(given);
+
+  Owned y(new_image(x, g));
+  View out;
+  if (!y.object) return nullptr;
+  if (!is_tensor(y.object) || !read(y.object, out)) return decline();
+  const Weights& w = self.weights;
+  const bool done = run(g.batch * g.out_height * g.out_width * w.n * w.k, [&](int threads) {
+    conv2d(reinterpret_cast<const float*>(in.data), g, w, self.activation,
+           reinterpret_cast<float*>(out.data), threads);
+  });
+  return done ? y.release() : nullptr;
+}
+
+bool is_float(const DataType& t) {
+  return t == kFloat32 || t == kBfloat16 || t == kFloat16 || t == kFloat64;
+}
+
+PyObject* convert(PyObject* x, PyObject* dtype) {
+  PyObject* arguments[] = {x, dtype};
+  return PyObject_Vectorcall(torch.to, arguments, 2, nullptr);
+}
+
+PyObject* float32_call(const Direct& self, PyObject* x, const View& in, const View& given) {
+  return self.is_conv2d ? conv2d_call(self, x, in, given) : linear_call(self, x, in);
+}
+
+// Through float32 and back, for the other dtypes.
+PyObject* converted_call(const Direct& self, PyObject* x, const View& given) {
+  Owned dtype(PyObject_GetAttr(x, names.dtype));
+  Owned x32(convert(x, torch.float32));
+  View in;
+  if (!dtype.object || !x32.object) return nullptr;
+  if (!is_tensor(x32.object) || !read(x32.object, in)) return decline();
+  Owned y(float32_call(self, x32.object, in, given));
+  if (!y.object || y.object == Py_None) return y.release();
+  return convert(y.object, dtype.object);
+}
+
+PyObject* direct_call(PyObject* object, PyObject* const* arguments, size_t flags,
+                      PyObject* keywords) {
+  const Direct& self = *reinterpret_cast<const Direct*>(object);
+  if (PyVectorcall_NARGS(flags) != 2 || keywords || !PyDict_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "takes a tensor and the __dict__ of a layer");
+    return nullptr;
+  }
+  PyObject *const x = arguments[0], *const attributes = arguments[1];
+  View in;
+  if (!is_tensor(x) || !read(x, in) || !is_float(in.dtype) || !in.data) return decline();
+  if (const int intercepted = is_intercepted()) return intercepted < 0 ? nullptr : decline();
+  if (!is_same_layer(self, attributes)) return decline();
+  if (PyDict_GetItemWithError(attributes, names.training) != Py_False)
+    if (const int wanted = is_true(PyObject_GetAttr(x, names.requires_grad)))
+      return wanted < 0 ? nullptr : decline();
+  if (const int negated = is_true(PyObject_CallOneArg(torch.is_neg, x)))
+    return negated < 0 ? nullptr : decline();
+  return in.dtype == kFloat32 ? float32_call(self, x, in, in) : converted_call(self, x, in);
+}
+
+PyObject* direct_matches(PyObject* object, PyObject* attributes) {
+  if (!PyDict_Check(attributes)) {
+    PyErr_SetString(PyExc_TypeError, "takes the __dict__ of a layer");
+    return nullptr;
+  }
+  return PyBool_FromLong(is_same_layer(*reinterpret_cast<const Direct*>(object), attributes));
+}
+
+int direct_traverse(PyObject* object, visitproc visit, void* arg) {
+  Direct* const self = reinterpret_cast<Direct*>(object);
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(self->settings);
+  for (Operand& operand : self->operands) Py_VISIT(operand.tensor);
+  return 0;
+}
+
+void direct_dealloc(PyObject* object) {
+  Direct* const self = reinterpret_cast<Direct*>(object);
+  PyTypeObject* const type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  Py_XDECREF(self->settings);
+  Py_XDECREF(self->out_features);
+  for (Operand& operand : self->operands) Py_XDECREF(operand.tensor);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+PyTypeObject* direct_type() {
+  static PyMemberDef members[] = {
+      {"__vectorcalloffset__", T_PYSSIZET, offsetof(Direct, vectorcall), READONLY, nullptr},
+      {nullptr, 0, 0, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      {"matches", direct_matches, METH_O, "Whether a layer is what it was, by its __dict__."},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_methods, methods},
+                                {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                                {Py_tp_members, members},
+                                {Py_tp_traverse, reinterpret_cast<void*>(direct_traverse)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(direct_dealloc)},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"lowbit._core.Direct", sizeof(Direct), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
+                                 Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                             slots};
+  static PyObject* type = nullptr;
+  if (!type) type = PyType_FromSpec(&spec);
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+}  // namespace
+
+int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* float32,
+               PyObject* get_num_threads, PyObject* questions) {
+  Owned capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+  if (!capsule.object) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 0;
+  }
+  auto* header =
+      PyCapsule_IsValid(capsule.object, "dlpack_exchange_api")
+          ? static_cast<Header*>(PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api"))
+          : nullptr;
+  while (header && header->major != 1) header = header->older;
+  if (!header || !reinterpret_cast<ExchangeTable*>(header)->view) return 0;
+  if (!PyTuple_Check(questions)) {
+    PyErr_SetString(PyExc_TypeError, "questions are a tuple of functions");
+    return -1;
+  }
+  Torch bound{tensor_type,
+              parameter_type,
+              float32,
+              get_num_threads,
+              questions,
+              PyObject_GetAttrString(tensor_type, "new_empty"),
+              PyObject_GetAttrString(tensor_type, "new_empty_strided"),
+              PyObject_GetAttrString(tensor_type, "is_neg"),
+              PyObject_GetAttrString(tensor_type, "to"),
+              reinterpret_cast<ExchangeTable*>(header)->view};
+  if (!bound.new_empty || !bound.new_empty_strided || !bound.is_neg || !bound.to || !intern_names())
+    return -1;
+  for (PyObject* kept : {tensor_type, parameter_type, float32, get_num_threads, questions})
+    Py_INCREF(kept);
+  torch = bound;
+  return 1;
+}
+
+PyObject* make_direct(const Weights& weights, Activation activation, PyObject* tensors,
+                      PyObject* settings, const DirectConv2d* conv2d) {
+  if (!torch.view || !PyTuple_Check(tensors) || PyTuple_GET_SIZE(tensors) != kTensors ||
+      weights.n == 0 || weights.k == 0) {
+    PyErr_SetString(PyExc_ValueError, "needs torch's exchange table and the tensors of a layer");
+    return nullptr;
+  }
+  PyTypeObject* const type = direct_type();
+  if (!type) return nullptr;
+  PyObject* const object = type->tp_alloc(type, 0);  // zeroed
+  if (!object) return nullptr;
+  Direct* const self = reinterpret_cast<Direct*>(object);
+  Owned owner(object);
+  self->vectorcall = direct_call;
+  self->weights = weights;
+  self->activation = activation;
+  self->is_conv2d = conv2d != nullptr;
+  if (conv2d) self->conv2d = *conv2d;
+  if (!(self->settings = PyDict_Copy(settings))) return nullptr;
+  if (!(self->out_features = PyLong_FromLongLong(weights.n))) return nullptr;
+  const void* const addresses[kTensors] = {weights.packed, weights.scale, weights.group_scale,
+                                           weights.group_zero, weights.bias};
+  for (int i = 0; i < kTensors; ++i) {
+    PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+    Operand& operand = self->operands[i];
+    Py_INCREF(tensor);
+    operand.tensor = tensor;
+    View v{};
+    if (tensor != Py_None && !(is_tensor(tensor) && read(tensor, v) && is_contiguous(v)))
+      v.data = nullptr;
+    operand.data = v.data;
+    operand.count = numel(v);
+    operand.dtype = v.dtype;
+    if (operand.data != addresses[i]) {
+      PyErr_SetString(PyExc_ValueError, "a tensor is not at the address of its operand");
+      return nullptr;
+    }
+  }
+  return owner.release();
+}
+
+}  // namespace lowbit

@@ -1,0 +1,90 @@
+// From the integer sums of a tile, in registers, to its output: groups and scales. Part of
+// microkernel.inl.
+
+// f(rows), or f(256 * hi + lo) where two rows of sums make one.
+template <int MR, int V, class Call>
+LOWBIT_INLINE void joined(const Tile& t, const Reg (&sum)[MR][V], Call call) {
+  if constexpr (MR % 2 == 0) {
+    if (t.planes == 2) {
+      Reg both[MR / 2][V];
+      LOWBIT_UNROLL for (int r = 0; r < MR / 2; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          both[r][v] = add(shift_left<8>(sum[2 * r][v]), sum[2 * r + 1][v]);
+      return call(both);
+    }
+  }
+  call(sum);
+}
+
+// f[r][c] = fma(group_scale, float(sum), f), then the zero points' part.
+template <int R, int V>
+LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg (&sum)[R][V],
+                             float* f) {
+  const ptrdiff_t at = group * kNr + panel * kPanel;
+  LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+    const FloatReg scale = float_load(t.group_scale + at + v * kLanes);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
+      float* p = f + (r * V + v) * kLanes;
+      float_store(p, fmadd(scale, to_float(sum[r][v]), float_load(p)));
+    }
+  }
+  if (!t.group_zero) return;
+  for (int r = 0; r < R; ++r) {
+    const FloatReg s = float_broadcast(t.group_sum + r * t.groups + group);
+    for (int v = 0; v < V; ++v) {
+      float* p = f + (r * V + v) * kLanes;
+      float_store(p, fmadd(float_load(t.group_zero + at + v * kLanes), s, float_load(p)));
+    }
+  }
+}
+
+// y = fma(f(r, v), row_scale * scale, bias)
+template <int R, int V, class Value>
+LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
+  float* const y = t.y + panel * kPanel;
+  const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
+  const float* const row_scale = t.row_scale;
+  const ptrdiff_t pitch = t.y_pitch;
+  LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+    const FloatReg s = float_load(scale + v * kLanes), b = float_load(bias + v * kLanes);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) float_store(
+        y + r * pitch + v * kLanes, fmadd(f(r, v), multiply(float_broadcast(row_scale + r), s), b));
+  }
+}
+
+// loop(first, steps, sums) adds a group's products to sums, which start at the offset.
+template <int MR, int V, class Loop>
+LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
+  if (!t.sums)
+    for (int r = 0; r < t.rows / t.planes; ++r)
+      LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs)
+          __builtin_prefetch(t.y + r * t.y_pitch + panel * kPanel + v * kLanes, 1);
+  alignas(kVectorBytes) float f[MR * V * kLanes];
+  if (t.group_scale)
+    LOWBIT_UNROLL for (int i = 0; i < MR * V; ++i) float_store(f + i * kLanes, float_splat(0.0f));
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int64_t first = g * t.group_steps, rest = t.steps - first;
+    Reg sum[MR][V];
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+      const Reg o = broadcast(reinterpret_cast<const int8_t*>(t.offset + r * t.offset_pitch + g));
+      LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = o;
+    }
+    loop(first, rest < t.group_steps ? rest : t.group_steps, sum);
+    if (t.sums) {
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          store(t.sums + r * kNr + panel * kPanel + v * kLanes, sum[r][v]);
+      return;
+    }
+    if (!t.group_scale)
+      return joined(t, sum, [&](const auto& rows) {
+        constexpr int R = sizeof(rows) / sizeof(rows[0]);
+        finish_tile<R, V>(t, panel, [&](int r, int v) { return to_float(rows[r][v]); });
+      });
+    joined(t, sum, [&](const auto& rows) { add_group(t, panel, g, rows, f); });
+  }
+  const auto total = [&](int r, int v) { return float_load(f + (r * V + v) * kLanes); };
+  if (t.planes == 2) {
+    if constexpr (MR % 2 == 0) finish_tile<MR / 2, V>(t, panel, total);
+  } else {
+    finish_tile<MR, V>(t, panel, total);
+  }
+}
