@@ -34,6 +34,7 @@ def cpu_info() -> dict[str, Any]:
             "architecture": platform.machine(),
             "logical_cpus": os.cpu_count(),
             "usable_cpus": _usable_cpus(),
+            "caches": cache_bytes(),
             "features": _core.cpu_features(),
         },
         "isa": {
@@ -57,6 +58,26 @@ def cpu_info() -> dict[str, Any]:
             "build": dict(_core.build_info()),
         },
     }
+
+
+def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Bytes of the first CPU's caches for data, by level: "l1", "l2", "l3", as far as known.
+
+    Args:
+        folder: where Linux lists them.
+    """
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        if kind != "Instruction" and (match := re.fullmatch(r"(\d+)([KMG]?)", size)):
+            found[f"l{level}"] = int(match[1]) * units[match[2]]
+    return found
 
 
 def version() -> str:

@@ -3,12 +3,21 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from lowbit import _core
-from lowbit.info import cpu_info, describe, openmp_libraries, openmp_verdict, version
+from lowbit.info import (
+    cache_bytes,
+    cpu_info,
+    describe,
+    openmp_libraries,
+    openmp_verdict,
+    version,
+)
 
 MAPS = """\
 7f00-7f01 r--p 00000000 08:01 12   /usr/lib/x86_64-linux-gnu/libc.so.6
@@ -56,10 +65,30 @@ def test_threads_are_those_of_torch():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
-def test_this_process_has_one_openmp_pool():
-    threads = cpu_info()["threads"]
+def test_a_process_has_one_openmp_pool():
+    """A fresh one: engines that other tests race against may bring their own runtime."""
+    code = "import json, lowbit; print(json.dumps(lowbit.cpu_info()['threads']))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    threads = json.loads(done.stdout)
     assert threads["one_pool"] is True
     assert len(threads["openmp_runtimes"]) == 1
+
+
+def test_caches_as_linux_lists_them(tmp_path):
+    caches = {
+        "index0": ("1", "Data", "48K"),
+        "index1": ("1", "Instruction", "32K"),
+        "index2": ("2", "Unified", "1024K"),
+        "index3": ("3", "Unified", "32M"),
+        "index4": ("4", "Unified", "much"),
+    }
+    for index, values in caches.items():
+        (tmp_path / index).mkdir()
+        for name, value in zip(("level", "type", "size"), values, strict=True):
+            (tmp_path / index / name).write_text(f"{value}\n")
+    (tmp_path / "index5").mkdir()  # says nothing
+    assert cache_bytes(tmp_path) == {"l1": 48 << 10, "l2": 1 << 20, "l3": 32 << 20}
+    assert cache_bytes(tmp_path / "nowhere") == {}
 
 
 def test_finds_openmp_runtimes_in_a_memory_map():

@@ -9,4 +9,8 @@
 - `measure.py`: alternated timing of one case
 - `result.py`: rows, groups and tables
 - `plot.py`: the picture
+- `matrix.py`, `worker.py`: every case of the linear layer, in processes, saved one by one
+- `summary.py`: what a matrix of results says, cell by cell
+- `targets.py`: what the kernels are to reach
+- `page.py`, `roofline.py`: the page and the picture of a matrix
 """

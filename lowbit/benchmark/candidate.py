@@ -10,6 +10,10 @@ import torch
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """One forward call on a float32 tensor, as a user of the engine would make it from Python."""
 
+MOST_ERROR = {32: 1e-3, 16: 0.02, 8: 0.15, 4: 0.2, 2: 0.65, 1: 0.8}
+"""Relative error of the output that weights of so many bits may have: plain rounding of random
+weights, 2 bits with the largest weight as a level. More is not this layer."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -20,13 +24,30 @@ class Candidate:
         weight_bytes: bytes of weights and scales that one forward call has to read.
         build: makes an independent copy with its own memory, prepared for the benchmark's input
             shape and number of threads; what it returns is what is timed.
-        ceiling: the probe that bounds its arithmetic: `"dot"`, `"fma"` or `"xnor"`.
+        ceiling: the probe that bounds its arithmetic: `"dot"`, `"fma"` or `"xnor"`; None for
+            instructions that no probe times, such as bfloat16's.
         passes: how often it runs through the multiplications; 2 for int16 activations, which are
             two int8 passes.
+        widths: the widths of weights, in bits, that it offers; 32 and 16 are floats. Ternary
+            weights stand for 2 bits and for 1.
+        activation_bits: 8 for int8, 16 for int16 and bfloat16, 32 for float32, 1 for signs.
+        own: whether it is a layer of lowbit.
     """
 
     name: str
     weight_bytes: int
     build: Callable[[], Forward]
-    ceiling: str
+    ceiling: str | None
     passes: int = 1
+    widths: tuple[int, ...] = (8,)
+    activation_bits: int = 8
+    own: bool = False
+
+    @property
+    def most_error(self) -> float:
+        """Relative error above which an output is nonsense; that of all zeros is 1."""
+        return 1.0 if self.activation_bits == 1 else MOST_ERROR[max(self.widths)]
+
+    def rivals(self, other: Candidate) -> bool:
+        """Whether `other` offers this one's width, with activations that are no coarser."""
+        return max(self.widths) in other.widths and other.activation_bits >= self.activation_bits

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", type=_words, metavar="NAME,...", help="engines to race, or 'none' (default: all)"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("memory", "cache"),
+        default="memory",
+        help="where the weights of few rows come from (linear; default: %(default)s)",
+    )
     parser.add_argument("--isa", metavar="NAME", help="force an instruction set of `lowbit info`")
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timing")
 
@@ -66,6 +72,8 @@ def options(arguments: argparse.Namespace) -> Options:
         chosen["threads"] = arguments.thread_counts
     if chosen.get("peers") == ("none",):
         chosen["peers"] = ()
+    if arguments.weights == "cache":
+        chosen["rotate_bytes"] = 0
     if arguments.isa is not None:
         chosen["isa"] = arguments.isa
     if arguments.seconds is not None:

@@ -23,6 +23,10 @@ MAX_COPIES = 256
 SPIN_SECONDS = 0.01
 """How long to wait for the threads of another engine's pool to go to sleep."""
 
+LONG_SECONDS = 0.02
+"""A call of so many seconds needs no untimed call before it: threads wake in microseconds, and
+weights are read in a millisecond or two."""
+
 
 def measure(
     case: Case,
@@ -56,6 +60,7 @@ def measure(
     built: list[Candidate] = []
     with torch.inference_mode():
         reference = case.layer(case.x)
+        output_bytes = reference.nbytes
         for candidate in candidates:
             copies = max(1, -(-rotate_bytes // candidate.weight_bytes))
             found = _build(candidate, copies, case.x, reference)
@@ -68,9 +73,12 @@ def measure(
             del found, forwards  # they hold the copies of the weights
         timings: dict[str, Timing] = {}
         if sides:
-            calls = _calls_per_round(sides)
+            trial = _trial(sides)
+            calls = _calls_per_round(trial)
+            pause = SPIN_SECONDS if ceilings.threads > 1 else 0.0
+            settles = pause > 0 or rotate_bytes == 0
             timings = alternate(
-                _settled(sides, calls) if ceilings.threads > 1 else sides,
+                _settled(sides, trial, calls, pause) if settles else sides,
                 budget_seconds=budget_seconds,
                 min_rounds=min_rounds,
                 calls_per_round=calls,
@@ -78,39 +86,59 @@ def measure(
     sides.clear()
     gc.collect()
     rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
-    return Group(case.op, case.shape, case.m, ceilings, rotate_bytes, rows, failed)
+    return Group(
+        case.op,
+        case.shape,
+        case.m,
+        ceilings,
+        rotate_bytes,
+        case.macs,
+        case.x.nbytes + output_bytes,
+        rows,
+        failed,
+    )
 
 
-def _settled(sides: dict[str, Callable[[], Any]], calls: int) -> dict[str, Callable[[], Any]]:
+def _settled(
+    sides: dict[str, Callable[[], Any]], trial: dict[str, float], calls: int, pause: float
+) -> dict[str, Callable[[], Any]]:
     """The same sides, each after a pause and an untimed call of its own.
 
     Threads of an engine go on spinning for milliseconds after its call, and would take the cores
     from the next one; after the pause the untimed call wakes that one's threads, as the layer
-    before does in a model. `calls` is how often every side is called in a round.
+    before does in a model. On any number of threads it brings weights that are not rotated back
+    into the caches, from which the other engines have pushed them. A call that takes long by
+    itself, in the `trial`, does not show either. `calls` is how often every side is called in a
+    round.
     """
 
-    def settle(call: Callable[[], Any]) -> Callable[[], Any]:
+    def settle(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         count = itertools.count()
 
         def pause_and_call() -> None:
             if next(count) % calls == 0:  # once in a round
-                time.sleep(SPIN_SECONDS)
-                call()
+                time.sleep(pause)
+                if trial[name] < LONG_SECONDS:
+                    call()
 
         return pause_and_call
 
     settled: dict[str, Callable[[], Any]] = {}
     for name, call in sides.items():
-        settled[f"before {name}"] = settle(call)
+        settled[f"before {name}"] = settle(name, call)
         settled[name] = call
     return settled
 
 
-def _calls_per_round(sides: dict[str, Callable[[], Any]]) -> int:
+def _trial(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of a call of each side, roughly."""
+    found = alternate(sides, warmup=1, min_rounds=1, max_rounds=1, budget_seconds=0)
+    return {name: timing.p50 for name, timing in found.items()}
+
+
+def _calls_per_round(trial: dict[str, float]) -> int:
     """Enough calls that the clock does not matter to the quickest side, if no side is slow."""
-    trial = alternate(sides, min_rounds=3, max_rounds=3, budget_seconds=0)
-    quickest = min(timing.p50 for timing in trial.values())
-    slowest = max(timing.p50 for timing in trial.values())
+    quickest, slowest = min(trial.values()), max(trial.values())
     return max(1, min(int(100e-6 / quickest), int(5e-3 / slowest)))
 
 
@@ -127,7 +155,12 @@ def _build(
     """Copies of a layer that have run once and their error, or why the layer cannot be had."""
     try:
         forwards = [candidate.build() for _ in range(copies)]
-        return forwards, max(relative_error(reference, forward(x)) for forward in forwards)
+        error = max(relative_error(reference, forward(x)) for forward in forwards)
+        if not error <= candidate.most_error:  # or NaN
+            raise ArithmeticError(
+                f"relative error {error:.3g}, at most {candidate.most_error} is this layer"
+            )
+        return forwards, error
     except Exception as error:  # an engine may refuse in any way
         return reason(error)
 
@@ -153,24 +186,49 @@ def _rows(
     rows = []
     for candidate in candidates:
         timing = timings[candidate.name]
-        macs = case.macs / timing.p50
         read = candidate.weight_bytes / timing.p50
-        peak = ceilings.macs_per_second(candidate.ceiling)
+        computing = None
+        if candidate.ceiling is not None:
+            peak = ceilings.macs_per_second(candidate.ceiling)
+            computing = case.macs * candidate.passes / peak
+        source, rate = ceilings.bytes_per_second(candidate.weight_bytes, from_memory)
+        reading = candidate.weight_bytes / rate
+        if candidate.ceiling is not None and (computing or 0.0) >= reading:
+            source = candidate.ceiling
+        peer = fastest_peer(candidate, candidates, timings) if candidate.own else None
         rows.append(
             Row(
                 name=candidate.name,
                 timing=timing,
                 versus_float32=ratio(float32, timing) if float32 else None,
                 versus_torch_int8=ratio(int8, timing) if int8 else None,
-                macs_per_second=macs,
-                fraction_of_peak=macs * candidate.passes / peak,
+                macs_per_second=case.macs / timing.p50,
+                fraction_of_peak=None if computing is None else computing / timing.p50,
                 bytes_per_second=read,
                 fraction_of_read=read / ceilings.read if from_memory else None,
                 weight_bytes=candidate.weight_bytes,
                 relative_error=errors[candidate.name],
+                own=candidate.own,
+                widths=candidate.widths,
+                activation_bits=candidate.activation_bits,
+                bound=source,
+                fraction_of_bound=max(computing or 0.0, reading) / timing.p50,
+                peer=peer.name if peer else None,
+                peer_rivals=peer is not None and candidate.rivals(peer),
+                versus_peer=ratio(timings[peer.name], timing) if peer else None,
             )
         )
     return rows
+
+
+def fastest_peer(
+    candidate: Candidate, candidates: list[Candidate], timings: dict[str, Timing]
+) -> Candidate | None:
+    """The quickest of the peers that offer a candidate's width; if none does, of the 8-bit ones."""
+    peers = [other for other in candidates if not other.own]
+    rivals = [other for other in peers if candidate.rivals(other)]
+    rivals = rivals or [other for other in peers if 8 in other.widths]
+    return min(rivals, key=lambda other: timings[other.name].p50, default=None)
 
 
 def _quickest(timings: dict[str, Timing], prefix: str) -> Timing | None:

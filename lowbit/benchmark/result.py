@@ -28,10 +28,20 @@ class Row:
         versus_torch_int8: how many times quicker than torch INT8 (its best backend).
         macs_per_second: multiply-accumulates of the float layer per second of the median call.
         fraction_of_peak: of the probed arithmetic ceiling; int16 activations count both passes.
+            None if no probe times its instructions.
         bytes_per_second: bytes of weights and scales per second of the median call.
         fraction_of_read: of the probed memory read; None if the weights came from a cache.
         weight_bytes: bytes of weights and scales.
         relative_error: of the output against float32, Euclidean norms; random weights.
+        own: whether it is a layer of lowbit.
+        widths: the widths of weights, in bits, that it offers.
+        activation_bits: of the activations that it multiplies.
+        bound: what bounds it: "dot", "fma", "xnor", or where the weights are read from: "read"
+            (memory), "l3", "l2".
+        fraction_of_bound: the time that this ceiling demands over the median time.
+        peer: the fastest peer of the width, for lowbit's own layers.
+        peer_rivals: whether that peer offers the width; otherwise it is an 8-bit one.
+        versus_peer: how many times quicker than that peer.
     """
 
     name: str
@@ -39,16 +49,24 @@ class Row:
     versus_float32: Ratio | None
     versus_torch_int8: Ratio | None
     macs_per_second: float
-    fraction_of_peak: float
+    fraction_of_peak: float | None
     bytes_per_second: float
     fraction_of_read: float | None
     weight_bytes: int
     relative_error: float
+    own: bool
+    widths: tuple[int, ...]
+    activation_bits: int
+    bound: str
+    fraction_of_bound: float
+    peer: str | None
+    peer_rivals: bool
+    versus_peer: Ratio | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, the timing and the ratios as their own dicts."""
         row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("timing", "versus_float32", "versus_torch_int8"):
+        for name in ("timing", "versus_float32", "versus_torch_int8", "versus_peer"):
             row[name] = row[name] and row[name].to_dict()
         return row
 
@@ -64,6 +82,8 @@ class Group:
         ceilings: probed for this number of threads.
         rotated_bytes: bytes of copies that every engine's weights were rotated through; 0 if the
             same weights were used again and again, from the cache where they fit.
+        macs: multiply-accumulates of one forward call.
+        activation_bytes: float32 input and output of one forward call.
         rows: the engines.
         failed: engine -> reason, for those that could not run this case.
     """
@@ -73,6 +93,8 @@ class Group:
     m: int
     ceilings: Ceilings
     rotated_bytes: int
+    macs: int
+    activation_bytes: int
     rows: list[Row]
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -98,6 +120,8 @@ class Group:
             "threads": self.ceilings.threads,
             "ceilings": self.ceilings.to_dict(),
             "rotated_bytes": self.rotated_bytes,
+            "macs": self.macs,
+            "activation_bytes": self.activation_bytes,
             "rows": [row.to_dict() for row in self.rows],
             "failed": self.failed,
         }
@@ -147,18 +171,21 @@ class Result:
     Attributes:
         groups: in the order of running.
         missing: peer -> why it could not take part.
+        peers: peer -> the version that took part.
         environment: what `lowbit.info.cpu_info` said.
     """
 
     groups: list[Group]
     missing: dict[str, str]
+    peers: dict[str, str]
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All groups, the missing peers and the environment, as JSON takes them."""
+        """All groups, the peers and the environment, as JSON takes them."""
         return {
             "groups": [group.to_dict() for group in self.groups],
             "missing": self.missing,
+            "peers": self.peers,
             "environment": self.environment,
         }
 

@@ -73,16 +73,26 @@ class Options:
             raise ValueError(f"ISA {self.isa!r} is not usable here: use {', '.join(usable)}")
 
 
-def run(options: Options, progress: Callable[[str], None] | None = None) -> Result:
-    """Runs all cases; `progress` is told in words what is running.
+def run(
+    options: Options,
+    progress: Callable[[str], None] | None = None,
+    save: Callable[[Result], None] | None = None,
+) -> Result:
+    """Runs all cases.
 
     Leaves torch's number of threads, the ISA and torch's quantized engine as it found them.
+
+    Args:
+        options: what to run.
+        progress: told in words what is running.
+        save: given every case's result, of that one group, as soon as it is there.
 
     Raises:
         ValueError: an option is not valid.
     """
     options.check()
     say = progress or (lambda _: None)
+    save = save or (lambda _: None)
     missing = {name: reason for name in options.peers if (reason := PEERS[name].missing())}
     peers = [PEERS[name] for name in options.peers if name not in missing]
     threads_before, isa_before = torch.get_num_threads(), _core.isa()
@@ -92,25 +102,37 @@ def run(options: Options, progress: Callable[[str], None] | None = None) -> Resu
         if options.isa is not None:
             _core.set_isa(options.isa)
         environment = cpu_info()
+        versions = {peer.name: peer.version() for peer in peers}
         for threads in options.threads:
             torch.set_num_threads(threads)
             say(f"probing the ceilings, {threads} threads")
             ceilings = probe(threads, options.probe_seconds)
             for shape in options.shapes:
+                say(f"{options.op} {shape}: converting")
+                layer = cases.make(options.op, shape, 1).layer
+                layers = cases.convert(layer, options.formats)
                 for m in options.m:
                     say(f"{options.op} {shape}, M={m}, {threads} threads")
-                    groups.append(_run_case(options, shape, m, ceilings, peers))
+                    case = cases.make(options.op, shape, m, layer)
+                    candidates = cases.lowbit_candidates(case, layers)
+                    groups.append(_run_case(options, case, candidates, ceilings, peers))
+                    save(Result(groups[-1:], missing, versions, environment))
+                    del case, candidates
                     gc.collect()
     finally:
         _core.set_isa(isa_before)
         torch.set_num_threads(threads_before)
         torch.backends.quantized.engine = engine_before
-    return Result(groups, missing, environment)
+    return Result(groups, missing, versions, environment)
 
 
-def _run_case(options: Options, shape: str, m: int, ceilings: Ceilings, peers: list[Peer]) -> Group:
-    case = cases.make(options.op, shape, m)
-    candidates = cases.lowbit_candidates(case, options.formats)
+def _run_case(
+    options: Options,
+    case: Case,
+    candidates: list[Candidate],
+    ceilings: Ceilings,
+    peers: list[Peer],
+) -> Group:
     failed: dict[str, str] = {}
     for peer in peers:
         found = _peer_candidates(peer, case, ceilings.threads)
@@ -118,7 +140,7 @@ def _run_case(options: Options, shape: str, m: int, ceilings: Ceilings, peers: l
             failed[peer.name] = found
         else:
             candidates += found
-    streams = options.op == "linear" and m <= STREAM_M
+    streams = options.op == "linear" and case.m <= STREAM_M
     group = measure(
         case,
         candidates,

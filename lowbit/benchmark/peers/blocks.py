@@ -25,6 +25,16 @@ def block_codes(layer: nn.Linear, bits: int, group_size: int) -> tuple[Array, Ar
     return (values + middle).astype(np.uint8), scale
 
 
+def signed_codes(layer: nn.Linear) -> tuple[Array, Array]:
+    """Rounds a weight to 8 bits, one scale for each output channel.
+
+    Returns:
+        int8 `[N, K]` and float32 `[N]`.
+    """
+    codes, scale = block_codes(layer, 8, layer.in_features)
+    return (codes ^ 0x80).view(np.int8).reshape(layer.weight.shape), scale.reshape(-1)
+
+
 def pack_codes(codes: Array, bits: int) -> Array:
     """Packs codes in the order of ONNX and OpenVINO: the first code in a byte's lowest bits.
 

@@ -27,7 +27,7 @@ def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
         size = layer.weight.numel() * bits // 8 + 4 * groups
         name = f"onnxruntime int{bits} g{group_size}"
         build = lambda model=model: session(model, threads)  # noqa: E731
-        candidates.append(Candidate(name, size, build, "dot"))
+        candidates.append(Candidate(name, size, build, "dot", widths=(bits,)))
     return candidates
 
 

@@ -33,7 +33,8 @@ def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
         graph = functools.partial(_graph, layer.bias, codes, scale, bits, x.shape[0])
         build = functools.partial(_compile, graph, threads)
         size = layer.weight.numel() * bits // 8 + 2 * groups
-        candidates.append(Candidate(f"openvino {kind} g{_GROUP}", size, build, "dot"))
+        name = f"openvino {kind} g{_GROUP}"
+        candidates.append(Candidate(name, size, build, "dot", widths=(bits,)))
     return candidates
 
 

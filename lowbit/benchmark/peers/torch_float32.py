@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from lowbit.benchmark.peers.peer import Peer
 
 
 def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
-    return [Candidate("torch float32", layer.weight.nbytes, lambda: copy.deepcopy(layer), "fma")]
+    return [_candidate("", layer.weight, lambda: copy.deepcopy(layer))]
 
 
 def _conv(layer: nn.Conv2d, x: torch.Tensor, threads: int) -> list[Candidate]:
@@ -24,11 +25,15 @@ def _conv(layer: nn.Conv2d, x: torch.Tensor, threads: int) -> list[Candidate]:
         prepared = x.to(memory_format=torch.channels_last)
         return lambda _: inner(prepared)
 
-    size = layer.weight.nbytes
     return [
-        Candidate("torch float32", size, lambda: copy.deepcopy(layer), "fma"),
-        Candidate("torch float32 channels_last", size, channels_last, "fma"),
+        _candidate("", layer.weight, lambda: copy.deepcopy(layer)),
+        _candidate(" channels_last", layer.weight, channels_last),
     ]
+
+
+def _candidate(layout: str, weight: torch.Tensor, build: Callable[[], Forward]) -> Candidate:
+    name = f"torch float32{layout}"
+    return Candidate(name, weight.nbytes, build, "fma", widths=(32,), activation_bits=32)
 
 
 PEER = Peer("torch-float32", linear=_linear, conv=_conv)
