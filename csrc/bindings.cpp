@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -187,9 +188,11 @@ Codes call_pack(const Codes& codes, const std::string& format_name) {
   const int64_t n = codes.shape(0), k = codes.shape(1);
   const int limit = 1 << traits(format).bits;
   const uint8_t* c = codes.data();
-  for (int64_t i = 0; i < n * k; ++i)
-    require(c[i] < limit, "code " + std::to_string(c[i]) + " does not fit " + format_name +
-                              "; codes are 0.." + std::to_string(limit - 1));
+  const uint8_t* const wrong =
+      std::find_if(c, c + n * k, [limit](uint8_t code) { return code >= limit; });
+  if (wrong != c + n * k)
+    throw py::value_error("code " + std::to_string(*wrong) + " does not fit " + format_name +
+                          "; codes are 0.." + std::to_string(limit - 1));
   Codes packed({packed_panels(n), packed_steps(format, k), int64_t{kVectorBytes}});
   pack(c, n, k, format, packed.mutable_data());
   return packed;

@@ -3,6 +3,7 @@
 // packed is [ceil(n/16)][steps][64]: channel c of a panel owns bytes 4c..4c+3 of a step, and bit
 // field p of byte j is the code of k = step * depth + 4p + j. Padding (channels >= n, k beyond the
 // end) is zero.
+#include <algorithm>
 #include <cstring>
 
 #include "lowbit.h"
@@ -10,19 +11,19 @@
 namespace lowbit {
 namespace {
 
-// Calls visit(byte index, shift, n * k_total + k) for every code of the matrix.
-template <class Visit>
-void for_each_code(int64_t n, int64_t k, const FormatTraits& f, Visit visit) {
-  const int64_t depth = f.depth(), steps = (k + depth - 1) / depth;
+// Calls visit(address of the channel's four bytes of a step, index of its first code, how many) for
+// every channel and step. Byte order is little endian, as the kernels read it.
+template <class Byte, class Visit>
+void for_each_step(Byte* packed, int64_t n, int64_t k, int64_t depth, Visit visit) {
+  const int64_t steps = (k + depth - 1) / depth;
   for (int64_t c = 0; c < n; ++c) {
-    const int64_t channel = (c / kPanel) * steps * kVectorBytes + (c % kPanel) * 4;
-    for (int64_t i = 0; i < k; ++i) {
-      const int64_t in = i % depth;
-      visit(channel + i / depth * kVectorBytes + in % 4, static_cast<int>(in / 4) * f.bits,
-            c * k + i);
-    }
+    Byte* channel = packed + (c / kPanel) * steps * kVectorBytes + (c % kPanel) * 4;
+    for (int64_t s = 0; s < steps; ++s, channel += kVectorBytes)
+      visit(channel, c * k + s * depth, std::min(depth, k - s * depth));
   }
 }
+
+constexpr int64_t kMostDepth = 32;
 
 }  // namespace
 
@@ -37,15 +38,31 @@ void pack(const uint8_t* codes, int64_t n, int64_t k, Format format, uint8_t* pa
   if (n * k == 0) return;
   std::memset(packed, 0,
               static_cast<size_t>(packed_panels(n) * packed_steps(format, k) * kVectorBytes));
-  for_each_code(n, k, traits(format), [&](int64_t byte, int shift, int64_t i) {
-    packed[byte] = static_cast<uint8_t>(packed[byte] | codes[i] << shift);
+  const FormatTraits& f = traits(format);
+  // Four codes at once: a code shifted to its bit field stays within its byte.
+  for_each_step(packed, n, k, f.depth(), [&](uint8_t* four, int64_t first, int64_t count) {
+    uint8_t last[kMostDepth] = {};
+    const uint8_t* from = codes + first;
+    if (count < f.depth())
+      from = static_cast<uint8_t*>(std::memcpy(last, from, static_cast<size_t>(count)));
+    uint32_t word = 0;
+    for (int p = 0; p < f.planes(); ++p) {
+      uint32_t field;
+      std::memcpy(&field, from + 4 * p, 4);
+      word |= field << (p * f.bits);
+    }
+    std::memcpy(four, &word, 4);
   });
 }
 
 void unpack(const uint8_t* packed, int64_t n, int64_t k, Format format, uint8_t* codes) {
-  const int mask = (1 << traits(format).bits) - 1;
-  for_each_code(n, k, traits(format), [&](int64_t byte, int shift, int64_t i) {
-    codes[i] = static_cast<uint8_t>(packed[byte] >> shift & mask);
+  const FormatTraits& f = traits(format);
+  const uint32_t mask = ((1u << f.bits) - 1) * 0x01010101u;
+  for_each_step(packed, n, k, f.depth(), [&](const uint8_t* four, int64_t first, int64_t count) {
+    uint32_t word, fields[kMostDepth / 4];
+    std::memcpy(&word, four, 4);
+    for (int p = 0; p < f.planes(); ++p) fields[p] = word >> (p * f.bits) & mask;
+    std::memcpy(codes + first, fields, static_cast<size_t>(count));
   });
 }
 
