@@ -15,8 +15,8 @@ LOWBIT_INLINE void joined(const Tile& t, const Reg (&sum)[MR][V], Call call) {
   call(sum);
 }
 
-// f[r][c] = fma(group_scale, float(sum), f), then the zero points' part.
-template <int R, int V>
+// f[r][c] = fma(group_scale, float(sum), f), from 0 in the first group; then the zero points' part.
+template <bool First, int R, int V>
 LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg (&sum)[R][V],
                              float* f) {
   const ptrdiff_t at = group * kNr + panel * kPanel;
@@ -24,7 +24,8 @@ LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg 
     const FloatReg scale = float_load(t.group_scale + at + v * kLanes);
     LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
       float* p = f + (r * V + v) * kLanes;
-      float_store(p, fmadd(scale, to_float(sum[r][v]), float_load(p)));
+      const FloatReg before = First ? float_splat(0.0f) : float_load(p);
+      float_store(p, fmadd(scale, to_float(sum[r][v]), before));
     }
   }
   if (!t.group_zero) return;
@@ -51,16 +52,23 @@ LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
   }
 }
 
+// The lines that the tile will write come while it computes.
+template <int MR, int V>
+LOWBIT_INLINE void fetch_output(const Tile& t, int panel) {
+  const float* y = t.y + panel * kPanel;
+  const int rows = t.planes == 2 ? MR / 2 : MR;
+  for (int r = 0; r < rows; ++r, y += t.y_pitch)
+    LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs) __builtin_prefetch(y + v * kLanes, 1);
+}
+
 // loop(first, steps, sums) adds a group's products to sums, which start at the offset.
 template <int MR, int V, class Loop>
 LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
-  if (!t.sums)
-    for (int r = 0; r < t.rows / t.planes; ++r)
-      LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs)
-          __builtin_prefetch(t.y + r * t.y_pitch + panel * kPanel + v * kLanes, 1);
-  alignas(kVectorBytes) float f[MR * V * kLanes];
-  if (t.group_scale)
-    LOWBIT_UNROLL for (int i = 0; i < MR * V; ++i) float_store(f + i * kLanes, float_splat(0.0f));
+  if (!t.sums) fetch_output<MR, V>(t, panel);
+  alignas(kVectorBytes) float room[MR * V * kLanes];
+  // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
+  float* f = room;
+  asm("" : "+r"(f));
   for (int64_t g = 0; g < t.groups; ++g) {
     const int64_t first = g * t.group_steps, rest = t.steps - first;
     Reg sum[MR][V];
@@ -79,7 +87,10 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
         constexpr int R = sizeof(rows) / sizeof(rows[0]);
         finish_tile<R, V>(t, panel, [&](int r, int v) { return to_float(rows[r][v]); });
       });
-    joined(t, sum, [&](const auto& rows) { add_group(t, panel, g, rows, f); });
+    joined(t, sum, [&](const auto& rows) {
+      if (g == 0) return add_group<true>(t, panel, g, rows, f);
+      add_group<false>(t, panel, g, rows, f);
+    });
   }
   const auto total = [&](int r, int v) { return float_load(f + (r * V + v) * kLanes); };
   if (t.planes == 2) {
