@@ -85,12 +85,13 @@ def check_features(shape: Sequence[int], features: int, owner: str) -> None:
         )
 
 
-def check_channels(shape: Sequence[int], channels: int, owner: str) -> None:
-    """Raises ValueError where the channels of a Conv2d's batched input do not fit."""
-    if len(shape) != 4 or shape[1] != channels:
+def check_channels(shape: Sequence[int], channels: int, owner: str, dims: int = 2) -> None:
+    """Raises ValueError where a convolution's batched input has other dimensions or channels."""
+    if len(shape) != dims + 2 or shape[1] != channels:
+        sizes = "C, H, W" if dims == 2 else "C, L"
         raise ValueError(
-            f"{owner}: the input has shape {list(shape)}, but it must be [N, C, H, W] or "
-            f"[C, H, W] with C = in_channels = {channels}"
+            f"{owner}: the input has shape {list(shape)}, but it must be [N, {sizes}] or "
+            f"[{sizes}] with C = in_channels = {channels}"
         )
 
 

@@ -74,20 +74,23 @@ def conv2d_direct(
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
+    channels_last: bool | None = None,
 ) -> Tensor:
     """Convolution of x [N, C, H, W], plain, strided, on the CPU.
 
     Args:
         padding: top, left, bottom, right; the padding contributes nothing.
+        channels_last: the output's memory format, else contiguous; None: as x is.
 
     Returns:
-        [N, out_channels, out_h, out_w] in x's dtype, channels_last if x is, else contiguous.
+        [N, out_channels, out_h, out_w] in x's dtype.
     """
     dtype, shape = x.dtype, x.shape
     if len(shape) != 4 or shape[1] != w.channels:
         check_channels(shape, w.channels, w.owner)
     height, width = output_size(shape, w.kernel_size, stride, padding, dilation, w.owner)
-    channels_last = suggests_channels_last(x)
+    if channels_last is None:
+        channels_last = suggests_channels_last(x)
     if dtype is not _float32:
         check_tensor(x, w.owner)
         x = x.to(_float32)

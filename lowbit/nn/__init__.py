@@ -1,10 +1,10 @@
 """Quantized layers."""
 
-from lowbit.nn.conv import Conv2d
+from lowbit.nn.conv import Conv1d, Conv2d
 from lowbit.nn.linear import Linear
 from lowbit.schemes import Scheme
 
-__all__ = ["SAFE_GLOBALS", "Conv2d", "Linear"]
+__all__ = ["SAFE_GLOBALS", "Conv1d", "Conv2d", "Linear"]
 
-SAFE_GLOBALS = [Conv2d, Linear, Scheme]
+SAFE_GLOBALS = [Conv1d, Conv2d, Linear, Scheme]
 """For `torch.serialization.add_safe_globals`, to load whole pickled layers with weights_only."""

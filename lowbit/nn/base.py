@@ -17,7 +17,7 @@ from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
 
-_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 # torch.compile takes it for True.
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -40,7 +40,69 @@ class DequantizedWeight(Tensor):
     """
 
 
-class QuantizedLayer(nn.Module):
+class LowbitLayer(nn.Module):
+    """What every layer of `lowbit.nn` has: its name, and the inputs that it refuses.
+
+    Attributes:
+        scheme: the `Scheme` of the layer.
+    """
+
+    scheme: Scheme
+
+    # Set by the conversion: the layer's name in its model, for error messages.
+    _fqn: str | None = None
+
+    def _sizes(self) -> str:
+        """The sizes by which a user knows the layer."""
+        raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        """Where its weights are."""
+        raise NotImplementedError
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the float layer's weight."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """How error messages name this layer."""
+        name = f" '{self._fqn}'" if self._fqn else f"({self._sizes()})"
+        return f"lowbit.nn.{type(self).__name__}{name}"
+
+    def _refuse_training(self, x: Tensor) -> None:
+        if x.requires_grad and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.label}: quantized layers are for inference only and compute no gradients; "
+                "call model.eval(), or run under torch.no_grad()"
+            )
+
+    def _check_input(self, x: Any) -> Any:
+        """Checks x where the call goes through the dispatcher; returns it without gradient."""
+        if isinstance(x, torch.fx.Proxy):
+            return x
+        check_tensor(x, self.label)
+        own = self._device()
+        if x.device.type != own.type:
+            raise RuntimeError(
+                f"{self.label}: the input is on {x.device}, the weights on {own}; move both to the "
+                "CPU, and load a state dict if the weights are on the meta device"
+            )
+        self._refuse_training(x)
+        return x.detach() if x.requires_grad else x
+
+    def extra_repr(self) -> str:
+        scheme = self.scheme
+        group = "" if scheme.group_size is None else f" g{scheme.group_size}"
+        return (
+            f"{self._sizes()}, bias={self.bias is not None}, "
+            f"w={scheme.weight}{group} {scheme.quantizer}, a={scheme.activation}, "
+            f"kernel={_core.kernel_name(scheme.weight, scheme.activation)}"
+        )
+
+
+class QuantizedLayer(LowbitLayer):
     """A layer whose weights are packed codes. Subclasses say how the weight is laid out.
 
     The state dict is plain tensors, the very operands of the kernels:
@@ -53,12 +115,10 @@ class QuantizedLayer(nn.Module):
         format_version      int32 [5]: layout version, bits, mul, add, group size (0 without)
 
     Attributes:
-        scheme: the `Scheme` of the layer.
         weight_dtype: dtype of the float layer's weight: of `weight` and of `dequantize()`. Moves
             to another dtype change this alone; the buffers keep theirs.
     """
 
-    scheme: Scheme
     weight_dtype: torch.dtype
     weight_packed: Tensor
     weight_scale: Tensor
@@ -67,8 +127,6 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
     format_version: Tensor
 
-    # Set by the conversion: the layer's name in its model, for error messages.
-    _fqn: str | None = None
     # The operands as last checked, and the call prepared with them. They are not state: never
     # copied, pickled or shared.
     _checked: PackedWeight | None = None
@@ -102,9 +160,13 @@ class QuantizedLayer(nn.Module):
         """Blocks that are packed one by one, rows of each, and K."""
         raise NotImplementedError
 
-    def _sizes(self) -> str:
-        """The sizes by which a user knows the layer."""
-        raise NotImplementedError
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that the layer's tensors take, in memory as in a file."""
+        return sum(buffer.nbytes for buffer in self._buffers.values() if buffer is not None)
+
+    def _device(self) -> torch.device:
+        return self.weight_packed.device
 
     def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
         """Weights [N, K] of the packed layout in the shape of the float layer's weight."""
@@ -112,17 +174,6 @@ class QuantizedLayer(nn.Module):
 
     def _check_operands(self, tensors: Tensors) -> PackedWeight:
         raise NotImplementedError
-
-    @property
-    def label(self) -> str:
-        """How error messages name this layer."""
-        name = f" '{self._fqn}'" if self._fqn else f"({self._sizes()})"
-        return f"lowbit.nn.{type(self).__name__}{name}"
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes that the layer's tensors take, in memory as in a file."""
-        return sum(buffer.nbytes for buffer in self._buffers.values() if buffer is not None)
 
     @property
     def weight(self) -> Tensor:
@@ -273,28 +324,6 @@ class QuantizedLayer(nn.Module):
                 return False
         return True
 
-    def _refuse_training(self, x: Tensor) -> None:
-        if x.requires_grad and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{self.label}: quantized layers are for inference only and compute no gradients; "
-                "call model.eval(), or run under torch.no_grad()"
-            )
-
-    def _check_input(self, x: Any) -> Any:
-        """Checks x where the call goes through the dispatcher; returns it without gradient."""
-        if isinstance(x, torch.fx.Proxy):
-            return x
-        check_tensor(x, self.label)
-        device, own = x.device.type, self.weight_packed.device.type
-        if device != own:
-            raise RuntimeError(
-                f"{self.label}: the input is on {x.device}, the weights on "
-                f"{self.weight_packed.device}; move both to the CPU, and load a state dict if the "
-                "weights are on the meta device"
-            )
-        self._refuse_training(x)
-        return x.detach() if x.requires_grad else x
-
     # --- State ---------------------------------------------------------------------------------
 
     def _load_from_state_dict(
@@ -362,12 +391,3 @@ class QuantizedLayer(nn.Module):
                     "again, or use the lowbit that wrote it"
                 )
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    def extra_repr(self) -> str:
-        scheme = self.scheme
-        group = "" if scheme.group_size is None else f" g{scheme.group_size}"
-        return (
-            f"{self._sizes()}, bias={self.bias is not None}, "
-            f"w={scheme.weight}{group} {scheme.quantizer}, a={scheme.activation}, "
-            f"kernel={_core.kernel_name(scheme.weight, scheme.activation)}"
-        )

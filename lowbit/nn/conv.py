@@ -1,9 +1,9 @@
-"""2-D convolution with packed weights."""
+"""1-D and 2-D convolutions with packed weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,22 @@ from lowbit.packed import PackedWeight, Tensors, conv2d_weight, conv_weight_layo
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
 
-_Size = int | tuple[int, int]
+_Size = int | tuple[int, ...]
+_Conv = TypeVar("_Conv", bound="Convolution")
 
 
-class Conv2d(QuantizedLayer):
-    """Drop-in replacement of `nn.Conv2d` for inference.
+class Convolution(QuantizedLayer):
+    """What `Conv1d` and `Conv2d` share. To the kernels, all are 2-D: a signal is one row high."""
 
-    Takes [N, C, H, W] or [C, H, W], contiguous or channels_last, in float32, bfloat16, float16 or
-    float64, and returns what `nn.Conv2d` returns: same dtype, channels_last if the input is. The
-    arithmetic is float32 and integer, each image by itself.
+    _float: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
+    _dims: ClassVar[int]
+    # Whether the output is channels_last; None: if the input is.
+    _channels_last: ClassVar[bool | None] = None
 
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device: as for `nn.Conv2d`. The weight is zero.
-        scheme: a recipe such as "w4a8", a `Scheme`, or its dict. Groups of weights run over
-            (kernel row, kernel column, channel).
-        dtype: of the float layer that this one stands for; nothing but `weight` has it.
-
-    Raises:
-        ValueError: an invalid scheme or size.
-    """
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
 
     def __init__(
         self,
@@ -57,13 +53,13 @@ class Conv2d(QuantizedLayer):
         super().__init__()
         scheme = Scheme.parse(scheme)
         # The float layer checks the arguments and brings them to their usual form.
-        twin = nn.Conv2d(
+        twin = self._float(
             in_channels,
             out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
             groups,
             bias=False,
             padding_mode=padding_mode,  # type: ignore[arg-type]
@@ -71,17 +67,17 @@ class Conv2d(QuantizedLayer):
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(twin.kernel_size)
-        self.stride = _pair(twin.stride)
-        self.padding = twin.padding if isinstance(twin.padding, str) else _pair(twin.padding)
-        self.dilation = _pair(twin.dilation)
+        self.kernel_size = tuple(twin.kernel_size)
+        self.stride = tuple(twin.stride)
+        self.padding = twin.padding if isinstance(twin.padding, str) else tuple(twin.padding)
+        self.dilation = tuple(twin.dilation)
         self.transposed = False
-        self.output_padding = (0, 0)
+        self.output_padding = (0,) * self._dims
         self.groups = groups
         self.padding_mode = padding_mode
         self.scheme = scheme
         self._layout()
-        if min(*self.stride, *self.dilation, *self._pads()) < 0 or 0 in self.stride + self.dilation:
+        if min(*self.stride, *self.dilation) < 1 or min(self._pads()) < 0:
             raise ValueError(
                 f"{self.label}: stride {self.stride} and dilation {self.dilation} must be at "
                 f"least 1, padding {self.padding} at least 0"
@@ -90,22 +86,15 @@ class Conv2d(QuantizedLayer):
 
     @classmethod
     def like(
-        cls,
-        module: nn.Conv2d,
+        cls: type[_Conv],
+        module: nn.Conv1d | nn.Conv2d,
         scheme: str | Scheme | Mapping[str, Any] = "w8a8",
         device: torch.device | str = "cpu",
-    ) -> Conv2d:
+    ) -> _Conv:
         """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
         return cls(
-            module.in_channels,
-            module.out_channels,
-            _pair(module.kernel_size),
-            stride=_pair(module.stride),
-            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-            dilation=_pair(module.dilation),
-            groups=module.groups,
+            **cls._arguments(module),
             bias=module.bias is not None,
-            padding_mode=module.padding_mode,
             scheme=scheme,
             device=device,
             dtype=module.weight.dtype,
@@ -113,82 +102,91 @@ class Conv2d(QuantizedLayer):
 
     @classmethod
     def from_float(
-        cls, module: nn.Conv2d, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
-    ) -> Conv2d:
+        cls: type[_Conv],
+        module: nn.Conv1d | nn.Conv2d,
+        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
+    ) -> _Conv:
         """A quantized layer with the weights of a float one, which stays as it is.
 
         Raises:
-            TypeError: the module is no `nn.Conv2d`.
+            TypeError: the module is no float layer of this kind.
             ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
         """
-        weight = check_float_layer(module, nn.Conv2d, "lowbit.nn.Conv2d")
+        weight = check_float_layer(module, cls._float, f"lowbit.nn.{cls._float.__name__}")
         layer = cls.like(module, scheme)
-        matrix, valid = layer._weight_to_matrix(weight.float())
-        layer.set_quantized_weight(quantize_weight(matrix, layer.scheme, valid))
-        layer.bias = float_bias(module)
+        layer.quantize_from(weight, float_bias(module))
         return layer.train(module.training)
 
-    def dequantize(self) -> nn.Conv2d:
+    def quantize_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes over a float layer's weight, quantized, and a bias float32 [N]."""
+        matrix, valid = self._weight_to_matrix(weight.float())
+        self.set_quantized_weight(quantize_weight(matrix, self.scheme, valid))
+        self.bias = bias
+
+    @staticmethod
+    def _arguments(module: Any) -> dict[str, Any]:
+        """The sizes of a float or a quantized convolution, as arguments of either's class."""
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        names = ("in_channels", "out_channels", *names)
+        return {name: getattr(module, name) for name in names}
+
+    def dequantize(self) -> nn.Module:
         """A float layer whose weights are what the codes mean."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,  # type: ignore[arg-type]
-            device="meta",
+        arguments = self._arguments(self)
+        return self._dequantized(
+            self._float(**arguments, bias=self.bias is not None, device="meta")
         )
-        return self._dequantized(conv)
 
     def _run(self, x: Tensor, w: PackedWeight) -> Tensor:
-        unbatched = x.dim() == 3
-        if unbatched:
-            x = x.unsqueeze(0)
+        images = self._to_images(x)
         padding = self._pads()
         if self.padding_mode != "zeros":
-            x, padding = self._pad(x), (0, 0, 0, 0)
-        y = ops.conv2d_direct(x, w, _pair(self.stride), padding, _pair(self.dilation))
-        return y.squeeze(0) if unbatched else y
-
-    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
-        if self.padding_mode != "zeros":
-            return None
-        names = ("stride", "padding", "dilation", "padding_mode")
-        settings = {name: getattr(self, name) for name in names}
-        return prepare_conv2d(w, settings, _pair(self.stride), self._pads(), _pair(self.dilation))
+            images, padding = self._pad(images), (0, 0, 0, 0)
+        stride, dilation = self._two(self.stride), self._two(self.dilation)
+        y = ops.conv2d_direct(images, w, stride, padding, dilation, self._channels_last)
+        return self._from_images(y, x.dim() <= self._dims + 1)
 
     def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
-        unbatched = isinstance(x, Tensor) and x.dim() == 3
-        if unbatched:
-            x = x.unsqueeze(0)
+        images = self._to_images(x)
         if isinstance(x, Tensor):
-            check_channels(x.shape, self.in_channels, self.label)
+            check_channels(images.shape, self.in_channels, self.label)
+        if self._channels_last is False:
+            images = images.contiguous()
         padding = self._pads()
         if self.padding_mode != "zeros":
-            x, padding = self._pad(x), (0, 0, 0, 0)
-        stride, dilation = _pair(self.stride), _pair(self.dilation)
+            images, padding = self._pad(images), (0, 0, 0, 0)
+        kernel, stride, dilation = map(self._two, (self.kernel_size, self.stride, self.dilation))
         if isinstance(x, Tensor):
-            output_size(x.shape, self.kernel_size, stride, padding, dilation, self.label)
+            output_size(images.shape, kernel, stride, padding, dilation, self.label)
         sizes = (self.in_channels, self.out_channels, self.scheme.group_size or 0)
-        window = (self.kernel_size, stride, padding, dilation, self.groups)
-        y = self._call_operator(torch.ops.lowbit.conv2d, x, *sizes, *window)
-        return y.squeeze(0) if unbatched else y
+        window = (kernel, stride, padding, dilation, self.groups)
+        y = self._call_operator(torch.ops.lowbit.conv2d, images, *sizes, *window)
+        return self._from_images(y, isinstance(x, Tensor) and x.dim() <= self._dims + 1)
+
+    def _two(self, value: int | tuple[int, ...], beside: int = 1) -> tuple[int, int]:
+        """An attribute as (height, width); `beside` is the height where the layer has none."""
+        values = (value,) * self._dims if isinstance(value, int) else value
+        height, width = values if self._dims == 2 else (beside, *values)
+        return height, width
+
+    def _to_images(self, x: Any) -> Any:
+        """The input as images [N, C, H, W]."""
+        raise NotImplementedError
+
+    def _from_images(self, y: Tensor, unbatched: bool) -> Tensor:
+        """The output in the dimensions of the input."""
+        raise NotImplementedError
 
     def _pads(self) -> tuple[int, int, int, int]:
         """Top, left, bottom, right. What "same" cannot halve goes to the bottom and the right."""
         if not isinstance(self.padding, str):
-            height, width = _pair(self.padding)
+            height, width = self._two(self.padding, 0)
             return height, width, height, width
         if self.padding == "valid":
             return 0, 0, 0, 0
-        dilation = _pair(self.dilation)
-        height = dilation[0] * (self.kernel_size[0] - 1)
-        width = dilation[1] * (self.kernel_size[1] - 1)
+        kernel, dilation = self._two(self.kernel_size), self._two(self.dilation)
+        height, width = (d * (size - 1) for d, size in zip(dilation, kernel, strict=True))
         return height // 2, width // 2, height - height // 2, width - width // 2
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -209,17 +207,22 @@ class Conv2d(QuantizedLayer):
             self.scheme.weight,
             self.in_channels,
             self.out_channels,
-            self.kernel_size,
+            self._two(self.kernel_size),
             self.groups,
             self.label,
         )
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def _sizes(self) -> str:
         parts = [
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}"
         ]
-        usual = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        none, one = (0,) * self._dims, (1,) * self._dims
+        usual = {"padding": none, "dilation": one, "groups": 1, "padding_mode": "zeros"}
         for name, default in usual.items():
             value = getattr(self, name)
             if value != default:
@@ -227,10 +230,10 @@ class Conv2d(QuantizedLayer):
         return ", ".join(parts)
 
     def _weight_to_matrix(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [N, C, kh, kw] as [N, K] of the packed layout; bool [K], where K is no padding."""
+        """Weight [N, C, *kernel] as [N, K] of the packed layout; bool [K], where K is no padding."""
         channels = weight.shape[1]
         tap = _core.tap_channels(self.scheme.weight, channels)
-        matrix = F.pad(weight.permute(0, 2, 3, 1), (0, tap - channels)).flatten(1)
+        matrix = F.pad(weight.movedim(1, -1), (0, tap - channels)).flatten(1)
         valid = torch.arange(matrix.shape[1], device=weight.device) % tap < channels
         return matrix, valid
 
@@ -238,20 +241,84 @@ class Conv2d(QuantizedLayer):
         channels = self.in_channels // self.groups
         tap = _core.tap_channels(self.scheme.weight, channels)
         weight = matrix.view(self.out_channels, *self.kernel_size, tap)[..., :channels]
-        return weight.permute(0, 3, 1, 2).contiguous()
+        return weight.movedim(-1, 1).contiguous()
 
     def _check_operands(self, tensors: Tensors) -> PackedWeight:
         return conv2d_weight(
             tensors,
             (self.scheme.weight, self.scheme.activation),
             self.scheme.group_size or 0,
-            (self.in_channels, self.out_channels, self.kernel_size, self.groups),
+            (self.in_channels, self.out_channels, self._two(self.kernel_size), self.groups),
             self.label,
         )
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return height, width
+class Conv2d(Convolution):
+    """Drop-in replacement of `nn.Conv2d` for inference.
+
+    Takes [N, C, H, W] or [C, H, W], contiguous or channels_last, in float32, bfloat16, float16 or
+    float64, and returns what `nn.Conv2d` returns: same dtype, channels_last if the input is. The
+    arithmetic is float32 and integer, each image by itself.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device: as for `nn.Conv2d`. The weight is zero.
+        scheme: a recipe such as "w4a8", a `Scheme`, or its dict. Groups of weights run over
+            (kernel row, kernel column, channel).
+        dtype: of the float layer that this one stands for; nothing but `weight` has it.
+
+    Raises:
+        ValueError: an invalid scheme or size.
+    """
+
+    _float = nn.Conv2d
+    _dims = 2
+
+    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
+        if self.padding_mode != "zeros":
+            return None
+        names = ("stride", "padding", "dilation", "padding_mode")
+        settings = {name: getattr(self, name) for name in names}
+        stride, dilation = self._two(self.stride), self._two(self.dilation)
+        return prepare_conv2d(w, settings, stride, self._pads(), dilation)
+
+    def _to_images(self, x: Any) -> Any:
+        return x.unsqueeze(0) if isinstance(x, Tensor) and x.dim() == 3 else x
+
+    def _from_images(self, y: Tensor, unbatched: bool) -> Tensor:
+        return y.squeeze(0) if unbatched else y
+
+
+class Conv1d(Convolution):
+    """Drop-in replacement of `nn.Conv1d` for inference: `Conv2d` on signals one row high.
+
+    Takes [N, C, L] or [C, L] in float32, bfloat16, float16 or float64, and returns what `nn.Conv1d`
+    returns: same dtype, contiguous. The arithmetic is float32 and integer, each signal by itself.
+    A transposed [N, L, C] is read as it lies, without a copy.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device: as for `nn.Conv1d`. The weight is zero.
+        scheme: a recipe such as "w4a8", a `Scheme`, or its dict. Groups of weights run over
+            (kernel position, channel).
+        dtype: of the float layer that this one stands for; nothing but `weight` has it.
+
+    Raises:
+        ValueError: an invalid scheme or size.
+    """
+
+    _float = nn.Conv1d
+    _dims = 1
+    _channels_last = False
+
+    def _prepare(self, w: PackedWeight) -> _core.Direct | None:
+        return None  # it would take [N, C, L] for an image [C, H, W]
+
+    def _to_images(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            x = x.unsqueeze(0) if x.dim() == 2 else x
+            check_channels(x.shape, self.in_channels, self.label, dims=1)
+        return x.unsqueeze(2)
+
+    def _from_images(self, y: Tensor, unbatched: bool) -> Tensor:
+        return y[0, :, 0] if unbatched else y.squeeze(2)

@@ -103,6 +103,10 @@ class Linear(QuantizedLayer):
     def _layout(self) -> tuple[int, int, int]:
         return 1, self.out_features, self.in_features
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
     def _sizes(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
