@@ -128,6 +128,48 @@ def output_size(
     return height // stride[0] + 1, width // stride[1] + 1
 
 
+def transposed_size(
+    shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    owner: str,
+) -> tuple[int, int]:
+    """Height and width that a transposed convolution makes of an input of this shape [N, C, H, W].
+
+    Raises:
+        ValueError: a stride or dilation below 1, a negative padding, an output padding that is not
+            smaller than stride or dilation, or an empty input or output.
+    """
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"{owner}: stride {list(stride)} and dilation {list(dilation)} must be at least 1, "
+            f"padding {list(padding)} at least 0"
+        )
+    limits = [max(s, d) for s, d in zip(stride, dilation, strict=True)]
+    if not (0 <= output_padding[0] < limits[0] and 0 <= output_padding[1] < limits[1]):
+        raise ValueError(
+            f"{owner}: output_padding {list(output_padding)} must be at least 0 and smaller than "
+            f"stride {list(stride)} or dilation {list(dilation)}"
+        )
+    height, width = (
+        (shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (kernel_size[d] - 1)
+        + output_padding[d]
+        + 1
+        for d in (0, 1)
+    )
+    if height < 1 or width < 1 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(
+            f"{owner}: an input of {shape[2]} x {shape[3]} would give an output of {height} x "
+            f"{width} with padding {list(padding)}; use a larger input or less padding"
+        )
+    return height, width
+
+
 def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch's convolution answers x [N, C, H, W] in channels_last memory format.
 

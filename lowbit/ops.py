@@ -1,4 +1,4 @@
-"""The operators `torch.ops.lowbit.linear` and `torch.ops.lowbit.conv2d`, for any PyTorch program.
+"""The operators `torch.ops.lowbit.linear`, `conv2d` and `conv_transpose2d`, for any PyTorch program.
 
 Each has one eager implementation, which checks its input, hands addresses to the extension and
 returns a tensor of the input's dtype and memory format. The layers of `lowbit.nn` call it without
@@ -10,6 +10,7 @@ the profiler, and for tensor subclasses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from lowbit.inputs import (
     check_tensor,
     output_size,
     suggests_channels_last,
+    transposed_size,
 )
 from lowbit.packed import PackedWeight, conv2d_weight, linear_weight
+from lowbit.phases import Part, parts, window
 
 _float32, _get_num_threads = torch.float32, torch.get_num_threads
 
@@ -36,6 +39,14 @@ _CONV2D = (
     "Tensor? weight_group_zero, Tensor? bias, str weight_format, str activation, "
     "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
     "int[4] padding, int[2] dilation, int groups) -> Tensor"
+)
+
+
+_CONV_TRANSPOSE2D = (
+    "(Tensor x, Tensor[] weight_packed, Tensor[] weight_scale, Tensor?[] weight_group_scale, "
+    "Tensor?[] weight_group_zero, Tensor?[] bias, str weight_format, str activation, "
+    "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
+    "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups) -> Tensor"
 )
 
 
@@ -112,6 +123,62 @@ def conv2d_direct(
             not nchw,
             channels_last,
         )
+    return y if dtype is _float32 else y.to(dtype)
+
+
+def conv_transpose2d_direct(
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    geometry: Sequence[Part],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    dilation: tuple[int, int],
+    owner: str,
+) -> Tensor:
+    """Transposed convolution of x [N, C, H, W], plain, strided, on the CPU.
+
+    Args:
+        weights: of each part in `geometry`, see `lowbit.phases`; its output channels are [groups,
+            phases, channels of a group].
+
+    Returns:
+        [N, out_channels, out_h, out_w] in x's dtype, channels_last if x is.
+    """
+    dtype, shape = x.dtype, x.shape
+    groups, first = weights[0].groups, weights[0]
+    check_channels(shape, first.channels, owner)
+    size = transposed_size(shape, kernel_size, stride, padding, output_padding, dilation, owner)
+    if dtype is not _float32:
+        check_tensor(x, owner)
+        x = x.to(_float32)
+    channels_last = suggests_channels_last(x)
+    out_channels = first.out_features // geometry[0].count
+    y = _new_image(x, out_channels, *size, channels_last)
+    if not y.numel():
+        return y.to(dtype)
+    if sum(part.count for part in geometry) < stride[0] * stride[1]:
+        # Some outputs read no input: the bias is left, or NaN where the image has NaN or Inf.
+        y.copy_(0 * x.abs().amax((1, 2, 3), keepdim=True))
+        if first.bias is not None:
+            y += first.bias.view(groups, geometry[0].count, -1)[:, 0].reshape(1, -1, 1, 1)
+    outputs = y.unflatten(1, (groups, -1))
+    for part, w in zip(geometry, weights, strict=True):
+        rows = window(part.rows, shape[2], size[0], stride[0], padding[0])
+        columns = window(part.columns, shape[3], size[1], stride[1], padding[1])
+        if rows is None or columns is None:
+            continue
+        (top, bottom), (left, right) = rows.padding, columns.padding
+        z = conv2d_direct(x, w, (1, 1), (top, left, bottom, right), part.dilation, channels_last)
+        if z.shape == y.shape and stride == (1, 1):
+            y = z  # the only part, and all of it
+            break
+        phases = z.unflatten(1, (groups, part.count, -1)).unbind(2)
+        for phase, (row, column) in zip(phases, product(rows.slices, columns.slices), strict=True):
+            (top, i, height), (left, j, width) = row, column
+            to = outputs[..., top :: stride[0], left :: stride[1]]
+            to[..., :height, :width] = phase[..., i : i + height, j : j + width]
     return y if dtype is _float32 else y.to(dtype)
 
 
@@ -221,6 +288,74 @@ def _conv2d_fake(
     return _new_image(x, out_channels, height, width, suggests_channels_last(x))
 
 
+def _conv_transpose2d(
+    x: Tensor,
+    weight_packed: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_group_scale: Sequence[Tensor | None],
+    weight_group_zero: Sequence[Tensor | None],
+    bias: Sequence[Tensor | None],
+    weight_format: str,
+    activation: str,
+    in_channels: int,
+    out_channels: int,
+    group_size: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    owner = "lowbit::conv_transpose2d"
+    _plain_input(x, owner)
+    kernel, strides, pads, more, dilations = (
+        (pair[0], pair[1]) for pair in (kernel_size, stride, padding, output_padding, dilation)
+    )
+    transposed_size(x.shape, kernel, strides, pads, more, dilations, owner)
+    geometry = parts(kernel, strides, dilations, groups == in_channels == out_channels)
+    lists = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
+    if any(len(tensors) != len(geometry) for tensors in lists):
+        raise ValueError(f"{owner}: takes {len(geometry)} tensors of each kind, one for each part")
+    weights = []
+    for part, tensors in zip(geometry, zip(*lists, strict=True), strict=True):
+        sizes = (in_channels, out_channels * part.count, part.kernel_size, groups)
+        weights.append(
+            conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner)
+        )
+    return conv_transpose2d_direct(
+        x, weights, geometry, kernel, strides, pads, more, dilations, owner
+    )
+
+
+def _conv_transpose2d_fake(
+    x: Tensor,
+    weight_packed: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_group_scale: Sequence[Tensor | None],
+    weight_group_zero: Sequence[Tensor | None],
+    bias: Sequence[Tensor | None],
+    weight_format: str,
+    activation: str,
+    in_channels: int,
+    out_channels: int,
+    group_size: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    owner = "lowbit::conv_transpose2d"
+    check_tensor(x, owner)
+    check_channels(x.shape, in_channels, owner)
+    height, width = transposed_size(
+        x.shape, kernel_size, stride, padding, output_padding, dilation, owner
+    )
+    return _new_image(x, out_channels, height, width, suggests_channels_last(x))
+
+
 def _register() -> None:
     # A compiler must hand over the strides that eager mode has: they decide the output's.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -228,6 +363,12 @@ def _register() -> None:
     for name, schema, implementation, fake in (
         ("lowbit::linear", _LINEAR, _linear, _linear_fake),
         ("lowbit::conv2d", _CONV2D, _conv2d, _conv2d_fake),
+        (
+            "lowbit::conv_transpose2d",
+            _CONV_TRANSPOSE2D,
+            _conv_transpose2d,
+            _conv_transpose2d_fake,
+        ),
     ):
         torch.library.define(name, schema, tags=tags)
         torch.library.impl(name, "CPU", implementation)

@@ -20,7 +20,7 @@ from lowbit.schemes import Scheme
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 # torch.compile takes it for True.
-_is_compiling = torch.compiler.is_dynamo_compiling
+is_compiling = torch.compiler.is_dynamo_compiling
 
 _BUFFERS = (
     "weight_packed",
@@ -251,7 +251,7 @@ class QuantizedLayer(LowbitLayer):
             TypeError, ValueError, RuntimeError: an input that no float layer would take either,
                 or that is not on the CPU, or that wants gradients while the layer is training.
         """
-        if _is_compiling():
+        if is_compiling():
             return self._dispatch(input)
         direct = self._direct
         if direct is not None:
@@ -279,18 +279,18 @@ class QuantizedLayer(LowbitLayer):
 
     def _call_operator(self, operator: Callable[..., Tensor], x: Any, *sizes: Any) -> Tensor:
         """Calls an operator of `torch.ops.lowbit` with the layer's operands."""
-        y = operator(
-            x,
+        formats = self.scheme.weight, self.scheme.activation
+        return autocast(operator(x, *self.operator_tensors(), *formats, *sizes))
+
+    def operator_tensors(self) -> Tensors:
+        """The layer's tensors in the order of the operators' arguments."""
+        return (
             self.weight_packed,
             self.weight_scale,
             self.weight_group_scale,
             self.weight_group_zero,
             self.bias,
-            self.scheme.weight,
-            self.scheme.activation,
-            *sizes,
         )
-        return autocast(y)
 
     def _operands(self) -> PackedWeight:
         """The checked operands; checked again if a tensor or its memory is another one."""
@@ -299,15 +299,7 @@ class QuantizedLayer(LowbitLayer):
             self._is_current(checked) if direct is None else direct.matches(self.__dict__)
         ):
             return checked
-        checked = self._check_operands(
-            (
-                self.weight_packed,
-                self.weight_scale,
-                self.weight_group_scale,
-                self.weight_group_zero,
-                self.bias,
-            )
-        )
+        checked = self._check_operands(self.operator_tensors())
         self.__dict__["_checked"] = checked
         self.__dict__["_direct"] = self._prepare(checked)
         return checked

@@ -14,6 +14,9 @@ from lowbit.packed import NAMES, tensor_shapes
 from lowbit.schemes import Scheme
 
 VERSION_NAME = "format_version"
+FLOAT_WEIGHT = (
+    "the state dict holds a float weight; load it into the float model and quantize that"
+)
 _OPTIONAL = ("weight_group_zero", "bias")
 
 
@@ -38,10 +41,7 @@ def state_problems(
     }
     if not set(found) - {"bias"}:
         if prefix + "weight" in state_dict:
-            return [
-                "the state dict holds a float weight; load it into the float model and quantize "
-                "that"
-            ]
+            return [FLOAT_WEIGHT]
         return []
     not_tensors = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if not_tensors:
