@@ -170,7 +170,7 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     report = summary(quantized)
     if not report.converted:
         reasons = [f"{row.name}: {row.note}" for row in report.kept[:3] if row.note]
-        why = "; ".join(reasons) or "the model has no nn.Linear and no nn.Conv2d"
+        why = "; ".join(reasons) or "the model has no layer that can be converted"
         raise CommandError(f"no layer was converted, nothing was written ({why})")
     save_file(quantized, arguments.output)
     size = arguments.output.stat().st_size

@@ -291,13 +291,13 @@ def _row(
 
 def _file_bytes(model: nn.Module) -> tuple[int | None, str]:
     """Size of the saved model, or why it cannot be saved."""
-    from lowbit.nn import Conv2d, Linear
+    from lowbit.nn.base import LowbitLayer
     from lowbit.serialize import save_file
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         try:
-            if any(isinstance(module, (Linear, Conv2d)) for module in model.modules()):
+            if any(isinstance(module, LowbitLayer) for module in model.modules()):
                 save_file(model, path)
             else:
                 torch.save(model.state_dict(), path)

@@ -42,7 +42,8 @@ def quantize(
     The float weights of converted layers are not copied. Everything else is.
 
     Args:
-        model: any module with `nn.Linear` or `nn.Conv2d` layers; untouched.
+        model: any module; untouched. Its `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and
+            `nn.ConvTranspose2d` layers convert.
         scheme: for every layer that no override names: a recipe ("w4a8-g128"), a `Scheme`, its
             dict, or None to keep them float.
         overrides: ordered; from the exact name of a layer, or "re:" and a regular expression for
@@ -94,7 +95,7 @@ def quantize_(
     the layers before it converted; what can be checked is checked before the first.
 
     Args:
-        model: any module with `nn.Linear` or `nn.Conv2d` layers; changed.
+        model: as for `quantize`; changed.
         scheme, overrides, filter_fn: as for `quantize`.
 
     Returns:

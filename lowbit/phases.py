@@ -110,6 +110,7 @@ class Window:
     slices: tuple[tuple[int, int, int], ...]
 
 
+@lru_cache(256)
 def window(phases: Phases, size: int, output: int, stride: int, padding: int) -> Window | None:
     """How the outputs of these phases are computed; None if there are none.
 

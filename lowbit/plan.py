@@ -169,7 +169,7 @@ class _Chooser:
                 continue
             wanted = key.removeprefix("re:").replace("\\", "")
             close = difflib.get_close_matches(wanted, self.names, n=5, cutoff=0.4)
-            message = f"override '{key}' matches no Linear or Conv2d layer"
+            message = f"override '{key}' matches no layer that can be converted"
             if key in self.lowbit_names:
                 message += ": this layer is a lowbit layer already"
             elif close:
@@ -199,7 +199,7 @@ def _kept_note(module: nn.Module) -> str:
         return "nn.MultiheadAttention passes its in_proj weight to functional code"
     if type(module).__module__.startswith("torch.nn."):
         return f"nn.{type(module).__name__} is not supported yet"
-    return "not a Linear or Conv2d: parameters of its own stay float"
+    return "no layer that can be converted: parameters of its own stay float"
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, dict[str, int]]:

@@ -21,9 +21,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit import _core
-from lowbit.nn import Conv2d, Linear
+from lowbit.nn import LAYERS
+from lowbit.nn.base import LowbitLayer, QuantizedLayer
 from lowbit.schemes import Scheme
 
+FLOAT_CLASSES = tuple(LAYERS)
 ROOT = "(root)"
 _ENTRY = "_lowbit_entry"
 _NAME_WIDTH, _KIND_WIDTH = 36, 23  # the table then fits 120 columns
@@ -234,19 +236,19 @@ def set_entry(module: nn.Module, entry: Entry) -> None:
 def is_converted(module: nn.Module) -> bool:
     """Whether lowbit runs this module: a lowbit layer, or what a converter returned."""
     entry = entry_of(module)
-    return isinstance(module, (Linear, Conv2d)) or (entry is not None and entry.scheme is not None)
+    return isinstance(module, LowbitLayer) or (entry is not None and entry.scheme is not None)
 
 
 def is_unit(module: nn.Module) -> bool:
     """Whether a module is accounted for as a whole, its children included."""
     return is_converted(module) or (
-        isinstance(module, (nn.Linear, nn.Conv2d)) and is_parametrized(module)
+        isinstance(module, FLOAT_CLASSES) and is_parametrized(module)
     )
 
 
 def holds_weights(module: nn.Module) -> bool:
     """Whether a float module has weights of its own: a parameter of two or more dimensions."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, FLOAT_CLASSES):
         return True
     return any(is_lazy(p) or p.dim() >= 2 for p in module._parameters.values() if p is not None)
 
@@ -278,18 +280,15 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     entry = entry_of(module)
     if entry is not None:
         return entry.shape
-    if isinstance(module, Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, Conv2d):
-        inner = module.in_channels // module.groups
-        return module.out_channels, inner, *module.kernel_size
+    if isinstance(module, LowbitLayer):
+        return module.weight_shape
     weights = [p for p in module.parameters(recurse=is_unit(module)) if not is_lazy(p)]
     return tuple(max(weights, key=torch.numel).shape) if weights else ()
 
 
-def lowbit_layers(module: nn.Module) -> list[Linear | Conv2d]:
-    """The lowbit layers of a converted module: itself, or those in what a converter returned."""
-    return [m for m in module.modules() if isinstance(m, (Linear, Conv2d))]
+def lowbit_layers(module: nn.Module) -> list[QuantizedLayer]:
+    """The packed weights of a converted module: itself, its parts, or what a converter returned."""
+    return [m for m in module.modules() if isinstance(m, QuantizedLayer)]
 
 
 def _row(name: str, module: nn.Module, before: int, after: int, note: str) -> Row:
@@ -325,9 +324,8 @@ def _row(name: str, module: nn.Module, before: int, after: int, note: str) -> Ro
 
 def _float_bytes(module: nn.Module) -> int:
     """Bytes of the float32 layer, for a lowbit layer that was not converted from one."""
-    shape = weight_shape(module)
-    bias = shape[0] if getattr(module, "bias", None) is not None else 0
-    return 4 * (torch.Size(shape).numel() + bias)
+    bias = getattr(module, "bias", None)
+    return 4 * (torch.Size(weight_shape(module)).numel() + (0 if bias is None else bias.numel()))
 
 
 def _bytes(count: int) -> str:

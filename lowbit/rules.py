@@ -12,13 +12,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lowbit.nn import SAFE_GLOBALS, Conv2d, Linear
+from lowbit.nn import LAYERS, SAFE_GLOBALS, Conv2d
+from lowbit.report import FLOAT_CLASSES
 from lowbit.schemes import Scheme
 
 Converter = Callable[[nn.Module, Scheme], nn.Module]
 
 # A subclass that replaces one of these does not compute what its parent computes.
-_COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "weight", "bias")
+_COMPUTES = (
+    "forward",
+    "_conv_forward",
+    "_output_padding",
+    "__call__",
+    "_call_impl",
+    "weight",
+    "bias",
+)
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _registered: dict[type[nn.Module], Converter] = {}
@@ -27,8 +36,8 @@ _registered: dict[type[nn.Module], Converter] = {}
 def register_converter(cls: type[nn.Module], fn: Converter) -> None:
     """Convert modules of class `cls` by `fn(module, scheme)`.
 
-    Its subclasses too, unless they override `forward` again. For subclasses of `nn.Linear` and
-    `nn.Conv2d` with their own `forward`, and for other layers that can be expressed by lowbit's.
+    Its subclasses too, unless they override `forward` again. For subclasses of layers that
+    convert with their own `forward`, and for other layers that can be expressed by lowbit's.
     The returned module takes the place of the float one; `fn` must not keep or change the float
     module. A converter that cannot convert a certain module returns it unchanged: it is then
     reported as kept. When `load_file` rebuilds a model, `fn` is called on a copy of the module
@@ -78,8 +87,8 @@ SAFE_GLOBALS.append(PaddedConv2d)
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether schemes and overrides address this module: a Linear, a Conv2d, or registered."""
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or _registered_for(module) is not None
+    """Whether schemes and overrides address this module: of `LAYERS`, or registered."""
+    return isinstance(module, FLOAT_CLASSES) or _registered_for(module) is not None
 
 
 def find_converter(module: nn.Module, parent: nn.Module | None) -> tuple[Converter | None, str]:
@@ -141,13 +150,11 @@ def _registered_for(module: nn.Module) -> Converter | None:
 
 def _builtin_for(module: nn.Module) -> Any:
     cls = type(module)
-    if isinstance(module, nn.Linear) and _same_forward(cls, nn.Linear):
-        return _convert_linear
-    if isinstance(module, nn.Conv2d):
-        if _same_forward(cls, nn.Conv2d):
-            return _convert_conv
-        if _static_padding(module) is not None:
-            return _convert_padded_conv
+    for base, layer in LAYERS.items():
+        if isinstance(module, base) and _same_forward(cls, base):
+            return layer.from_float
+    if isinstance(module, nn.Conv2d) and _static_padding(module) is not None:
+        return _convert_padded_conv
     return None
 
 
@@ -157,7 +164,7 @@ def _blocked(module: nn.Module, parent: nn.Module | None) -> str:
         type(module) is NonDynamicallyQuantizableLinear
     ):
         return "nn.MultiheadAttention passes this layer's raw weight to functional code"
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and is_parametrized(module):
+    if isinstance(module, FLOAT_CLASSES) and is_parametrized(module):
         return (
             "parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first, "
             "then convert"
@@ -245,14 +252,6 @@ def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _convert_linear(module: nn.Linear, scheme: Scheme) -> Linear:
-    return Linear.from_float(module, scheme)
-
-
-def _convert_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
-    return Conv2d.from_float(module, scheme)
-
-
 def _convert_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
     plain, padding = _conv_with_static_padding(module)
     if not any(padding):
@@ -265,25 +264,20 @@ def _padded(conv: Conv2d, padding: tuple[int, int, int, int]) -> Conv2d:
     return conv
 
 
-def _empty_linear(module: nn.Linear, scheme: Scheme) -> Linear:
-    return Linear.like(module, scheme, "meta")
-
-
-def _empty_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
-    return Conv2d.like(module, scheme, "meta")
-
-
 def _empty_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
     plain, padding = _conv_with_static_padding(module)
     if not any(padding):
-        return _empty_conv(plain, scheme)
+        return Conv2d.like(plain, scheme, "meta")
     return _padded(PaddedConv2d.like(plain, scheme, "meta"), padding)
+
+
+def _empty_like(layer: Any) -> Converter:
+    return lambda module, scheme: layer.like(module, scheme, "meta")
 
 
 # The built-in converters, and what makes the same layer from its sizes alone.
 _EMPTY: dict[Any, Any] = {
-    _convert_linear: _empty_linear,
-    _convert_conv: _empty_conv,
+    **{layer.from_float: _empty_like(layer) for layer in LAYERS.values()},
     _convert_padded_conv: _empty_padded_conv,
 }
 

@@ -23,7 +23,8 @@ from lowbit.convert import (
     name_layer,
     run_converted_encoder_layers,
 )
-from lowbit.nn import Conv2d, Linear
+from lowbit.nn import LAYERS
+from lowbit.nn.base import QuantizedLayer
 from lowbit.nn.loading import state_problems
 from lowbit.report import (
     Entry,
@@ -40,7 +41,7 @@ from lowbit.schemes import Scheme
 
 __all__ = ["FileFormatError", "load_file", "save_file"]
 
-_BUILTIN = (Linear, Conv2d, rules.PaddedConv2d)
+_BUILTIN = (*LAYERS.values(), rules.PaddedConv2d)
 _SHOWN = 6  # names that an error message lists
 
 
@@ -301,7 +302,7 @@ def _check_codes(file: File, layers: Mapping[str, nn.Module]) -> None:
     """What the layers themselves check when they load, before the model is changed."""
     for name, layer in layers.items():
         for inner, part in layer.named_modules(prefix=name):
-            if isinstance(part, (Linear, Conv2d)):
+            if isinstance(part, QuantizedLayer):
                 prefix = f"{inner}." if inner else ""
                 problems = state_problems(file.tensors, prefix, part._layout(), part.scheme)
                 if problems:

@@ -320,6 +320,9 @@ class ConvTranspose2d(LowbitLayer):
         """A float layer's weight as a view [groups, C / groups, N / groups, kh, kw]."""
         return weight.unflatten(0, (self.groups, -1))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def _sizes(self) -> str:
         described = [
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
