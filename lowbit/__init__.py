@@ -21,6 +21,7 @@ except ImportError as error:
 from lowbit import nn
 from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
+from lowbit.fuse import fuse
 from lowbit.info import cpu_info
 from lowbit.report import Report, summary
 from lowbit.schemes import RECIPES, Scheme
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "compare",
     "cpu_info",
+    "fuse",
     "load_file",
     "nn",
     "quantize",

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lowbit import timing
+from lowbit.errors import one_line
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -37,6 +38,19 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+@contextlib.contextmanager
+def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode for all; every module's own flag restored (they may differ within a model)."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @dataclass(frozen=True)
@@ -161,13 +175,6 @@ def _attempt(
 
 def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return lambda: run(model, batch)
-
-
-def one_line(error: Exception) -> str:
-    """An error as its type and the first line of its text, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextlib.contextmanager

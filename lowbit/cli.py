@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from lowbit.errors import one_line
 from lowbit.model_argument import (
     CommandError,
     UsageError,
     build,
     example_inputs,
     find,
-    in_one_line,
     random_input,
     read_inputs,
 )
@@ -240,7 +240,7 @@ def _message(error: Exception, debug: bool) -> str:
         return str(error)
     known = isinstance(error, (ValueError, ImportError, RuntimeError, OSError))
     text = str(error).strip() if known else ""
-    first, *more = (text or in_one_line(error)).splitlines()
+    first, *more = (text or one_line(error)).splitlines()
     hint = "" if debug or (text and not more) else " (--debug shows the traceback)"
     return first + hint
 

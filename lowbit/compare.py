@@ -25,6 +25,7 @@ from torch import nn
 import lowbit._core as _core
 from lowbit import baselines, timing
 from lowbit.comparison import Comparison, Row
+from lowbit.errors import one_line
 from lowbit.quality import Quality, QualityMeter
 from lowbit.timing import MemoryUse, Timing
 
@@ -74,10 +75,10 @@ def compare(
     QualityMeter(task)  # refuse an unknown task before the work, not after
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads(threads))
-        stack.enter_context(_eval_mode([model]))
+        stack.enter_context(baselines.eval_mode([model]))
         reference = _dtype_name(model)
         chosen = _models(model, candidates, (reference, TORCH_INT8), report)
-        stack.enter_context(_eval_mode(list(chosen.values())))
+        stack.enter_context(baselines.eval_mode(list(chosen.values())))
         sides: dict[str, nn.Module] = {reference: model}
         notes: dict[str, list[str]] = {name: [] for name in (reference, TORCH_INT8, *chosen)}
         baseline = _torch_int8(model, head, report) if torch_int8 else None
@@ -204,19 +205,6 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def _eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode for all; every module's own flag restored (they may differ within a model)."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def _call(name: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
     def call() -> Any:
         try:
@@ -252,7 +240,7 @@ def _qualities(
             except Exception as error:
                 if name != TORCH_INT8:
                     raise RuntimeError(f"{name!r} failed on batch {count}: {error}") from error
-                reason = baselines.one_line(error)
+                reason = one_line(error)
                 notes[name].append(f"no quality, failed on batch {count}: {reason}")
                 del meters[name]
         report(f"quality, batch {count}", 1.0)
@@ -302,5 +290,5 @@ def _file_bytes(model: nn.Module) -> tuple[int | None, str]:
             else:
                 torch.save(model.state_dict(), path)
         except Exception as error:  # foreign models: whatever their state_dict hooks raise
-            return None, f"not saved: {baselines.one_line(error)}"
+            return None, f"not saved: {one_line(error)}"
         return path.stat().st_size, ""

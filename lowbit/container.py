@@ -188,6 +188,7 @@ def _description(file: File, lowbit_version: str) -> dict[str, Any]:
                 "shape": list(entry.shape),
                 "bytes_before": entry.bytes_before,
                 "note": entry.note,
+                "folded": entry.folded,
             }
             for name, entry in file.account.items()
         },
@@ -219,6 +220,7 @@ def _parse(path: str, text: str) -> File:
                 shape=tuple(int(size) for size in item["shape"]),
                 bytes_before=int(item["bytes_before"]),
                 note=_printable(item["note"]),
+                folded=_printable(item.get("folded", "")),
             )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         where = f" of layer '{name}'" if name else ""

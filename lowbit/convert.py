@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
-from lowbit.plan import HOOKS, Filter, Job, Overrides, SchemeLike, make_plan
+from lowbit.fuse import identity
+from lowbit.plan import Filter, Job, Overrides, SchemeLike, make_plan
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
 from lowbit.rules import register_converter
 
@@ -36,6 +37,7 @@ def quantize(
     *,
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
+    fuse: bool = True,
 ) -> nn.Module:
     """A quantized copy of a model; `lowbit.summary` gives its account.
 
@@ -49,6 +51,9 @@ def quantize(
         overrides: ordered; from the exact name of a layer, or "re:" and a regular expression for
             the full name, to a scheme or None. The first that matches decides.
         filter_fn: `filter_fn(module, name)`; only layers for which it returns True convert.
+        fuse: whether to fold batch norms into the layers that convert, as `lowbit.fuse` does:
+            exact but for rounding, and the float pass over the layer's output is gone. The account
+            has a row for each, folded or with the reason why not. Norms in training mode stay.
 
     Returns:
         The copy. Where `model` is itself a layer, the lowbit layer.
@@ -57,7 +62,7 @@ def quantize(
         ValueError: a scheme is not valid, an override matches no layer, or a layer cannot be
             converted (NaN in its weight): the message names it.
     """
-    plan = make_plan(model, scheme, overrides, filter_fn)
+    plan = make_plan(model, scheme, overrides, filter_fn, fuse)
     # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
     memo: dict[int, Any] = {}
     done: dict[int, nn.Module] = {}
@@ -68,6 +73,8 @@ def quantize(
         else:
             memo[id(job.module)] = layer
             plan.entries.append((job.module, job.entry()))
+            if job.fold is not None:
+                memo[id(job.fold.norm)] = identity(job.fold.norm)
     result: nn.Module = copy.deepcopy(model, memo)
     for job in plan.jobs:
         # After the model: a hook may be a method of a module, which then has its copy already.
@@ -88,6 +95,7 @@ def quantize_(
     *,
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
+    fuse: bool = True,
 ) -> Report:
     """Quantize the layers of a model in place, one after the other, and return the account.
 
@@ -96,7 +104,7 @@ def quantize_(
 
     Args:
         model: as for `quantize`; changed.
-        scheme, overrides, filter_fn: as for `quantize`.
+        scheme, overrides, filter_fn, fuse: as for `quantize`.
 
     Returns:
         The report: print it for a table. `lowbit.summary(model)` gives it again.
@@ -105,13 +113,14 @@ def quantize_(
         ValueError: as `quantize`; and if `model` is itself a layer, which cannot be replaced in
             place.
     """
-    plan = make_plan(model, scheme, overrides, filter_fn)
+    plan = make_plan(model, scheme, overrides, filter_fn, fuse)
     if any(job.module is model for job in plan.jobs):
         raise ValueError(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
     done: dict[int, nn.Module] = {}
+    identities: dict[int, nn.Module] = {}
     slots = child_slots(model)
     for job in _progress(plan.jobs):
         layer = _convert(job, done)
@@ -122,9 +131,14 @@ def quantize_(
         for parent, key in slots[id(job.module)]:
             parent._modules[key] = layer
         set_entry(layer, job.entry())
-        job.module = layer  # drops the last reference to the float layer
+        if job.fold is not None:
+            norm = job.fold.norm
+            identities[id(norm)] = identity(norm)
+            for parent, key in slots[id(norm)]:
+                parent._modules[key] = identities[id(norm)]
+        job.module, job.fold = layer, None  # drops the last reference to the float layer
     for module, entry in plan.entries:
-        set_entry(module, entry)
+        set_entry(identities.get(id(module), module), entry)
     run_converted_encoder_layers(model)
     _warn_if_nothing_converted(model)
     return summary(model)
@@ -172,7 +186,8 @@ def _check_all_in(result: nn.Module, jobs: list[Job], memo: dict[int, Any]) -> N
     """Classes may define how they are copied, and leave the lowbit layers out."""
     present = {id(module) for module in result.modules()}
     for job in jobs:
-        if id(memo[id(job.module)]) not in present:
+        replaced = [job.module, *([] if job.fold is None else [job.fold.norm])]
+        if not {id(memo[id(module)]) for module in replaced} <= present:
             raise ValueError(
                 f"layer '{job.name}' did not get into the copy: a module above it has a "
                 "__deepcopy__ of its own; copy the model first and use lowbit.quantize_ on that"
@@ -188,7 +203,7 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     """The lowbit layer of a job, or the float layer itself where a converter returned that."""
     try:
         with torch.no_grad():
-            layer = job.converter(job.module, job.scheme)
+            layer = job.converter(job.source(), job.scheme)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"layer '{job.name}' ({job.scheme.name}): {error}") from error
     if not isinstance(layer, nn.Module):
@@ -225,7 +240,7 @@ def carried_state(module: nn.Module, builtin: bool) -> dict[str, Any]:
             attributes as they see fit.
     """
     own = vars(module)
-    carried = {name: own[name] for name in (*HOOKS, *_HOOK_FLAGS) if own.get(name)}
+    carried = {name: own[name] for name in (*rules.HOOKS, *_HOOK_FLAGS) if own.get(name)}
     if "_backward_hooks" in carried:
         carried["_is_full_backward_hook"] = own.get("_is_full_backward_hook")
     if builtin:
@@ -236,7 +251,7 @@ def carried_state(module: nn.Module, builtin: bool) -> dict[str, Any]:
 def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
     """Give a lowbit layer what `carried_state` found."""
     for name, value in carried.items():
-        if name in HOOKS or name in _HOOK_FLAGS:
+        if name in rules.HOOKS or name in _HOOK_FLAGS:
             # The same dict: the handles that its hooks were registered with can still remove them.
             value.update(vars(layer)[name] or {})
             vars(layer)[name] = value

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.errors import one_line
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -44,7 +46,7 @@ def find(name: str) -> Any:
             ) from error
         raise CommandError(f"importing {module_name!r} failed: {error}; install it") from error
     except Exception as error:
-        raise CommandError(f"importing {module_name!r} failed: {in_one_line(error)}") from error
+        raise CommandError(f"importing {module_name!r} failed: {one_line(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             close = difflib.get_close_matches(part, [n for n in dir(found) if n[0] != "_"], n=3)
@@ -70,7 +72,7 @@ def build(factory: Any, name: str) -> nn.Module:
         try:
             made = factory()
         except Exception as error:
-            raise CommandError(f"{name}() failed: {in_one_line(error)}") from error
+            raise CommandError(f"{name}() failed: {one_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise CommandError(f"{name}() returned no nn.Module, but type {type(made).__name__}")
     made.eval()
@@ -119,7 +121,7 @@ def read_inputs(path: Path) -> tuple[Any, str]:
     try:
         return _read(path), str(path)
     except Exception as error:
-        raise CommandError(f"{path} cannot be read: {in_one_line(error)}") from error
+        raise CommandError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _read(path: Path) -> Any:
@@ -136,9 +138,3 @@ def _read(path: Path) -> Any:
     import torch
 
     return torch.load(path, weights_only=True)
-
-
-def in_one_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.lowbit.linear`, `conv2d` and `conv_transpose2d`, for any PyTorch program.
+"""The operators of `torch.ops.lowbit` for any PyTorch program: linear, conv2d, conv_transpose2d.
 
 Each has one eager implementation, which checks its input, hands addresses to the extension and
 returns a tensor of the input's dtype and memory format. The layers of `lowbit.nn` call it without
@@ -163,7 +163,7 @@ def conv_transpose2d_direct(
         y.copy_(0 * x.abs().amax((1, 2, 3), keepdim=True))
         if first.bias is not None:
             y += first.bias.view(groups, geometry[0].count, -1)[:, 0].reshape(1, -1, 1, 1)
-    outputs = y.unflatten(1, (groups, -1))
+    outputs = torch.unflatten(y, 1, (groups, -1))
     for part, w in zip(geometry, weights, strict=True):
         rows = window(part.rows, shape[2], size[0], stride[0], padding[0])
         columns = window(part.columns, shape[3], size[1], stride[1], padding[1])
@@ -174,7 +174,7 @@ def conv_transpose2d_direct(
         if z.shape == y.shape and stride == (1, 1):
             y = z  # the only part, and all of it
             break
-        phases = z.unflatten(1, (groups, part.count, -1)).unbind(2)
+        phases = torch.unflatten(z, 1, (groups, part.count, -1)).unbind(2)
         for phase, (row, column) in zip(phases, product(rows.slices, columns.slices), strict=True):
             (top, i, height), (left, j, width) = row, column
             to = outputs[..., top :: stride[0], left :: stride[1]]

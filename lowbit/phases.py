@@ -1,9 +1,10 @@
 """A transposed convolution as ordinary ones.
 
-Output pixel o of a dimension reads input pixel (o + padding - k * dilation) / stride for every kernel
-position k for which that is an integer. So the outputs of one *phase*, (o + padding) mod stride, read
-through the same kernel positions, its *taps*: they form an ordinary convolution of stride 1. Phases
-with the same number of taps are computed together, as channels of one convolution: a *part*.
+Output pixel o of a dimension reads input pixel (o + padding - k * dilation) / stride for every
+kernel position k for which that is an integer. So the outputs of one *phase*, (o + padding) mod
+stride, read through the same kernel positions, its *taps*: they form an ordinary convolution of
+stride 1. Phases with the same number of taps are computed together, as channels of one convolution:
+a *part*.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def window(phases: Phases, size: int, output: int, stride: int, padding: int) ->
     """
     spans = []
     for phase, shift in zip(phases.phases, phases.shifts, strict=True):
-        first = -((phase - padding) // stride)  # outputs are u * stride + phase - padding, u >= first
+        # The outputs are u * stride + phase - padding, for u from first to last.
+        first = -((phase - padding) // stride)
         last = (padding + output - 1 - phase) // stride
         spans.append((first * stride + phase - padding, first - shift, max(0, last - first + 1)))
     used = [(start, count) for _, start, count in spans if count]

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from lowbit import rules
+from lowbit.fuse import Fold, find_folds, folded_layer, norm_entry
 from lowbit.report import (
     Entry,
     count_bytes,
+    entry_of,
     holds_weights,
     is_converted,
     is_unit,
@@ -32,7 +34,6 @@ SchemeLike = str | Scheme | Mapping[str, Any]
 Overrides = Mapping[str, SchemeLike | None]
 Filter = Callable[[nn.Module, str], bool]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ENCODER_NOTE = "the fused path of nn.TransformerEncoderLayer is off: it would bypass this layer"
 
 
@@ -49,9 +50,16 @@ class Job:
     shape: tuple[int, ...]
     tied_weight: int | None = None
     notes: list[str] = field(default_factory=list)
+    folded: str = ""
+    fold: Fold | None = None
 
     def entry(self) -> Entry:
-        return Entry(self.kind, self.shape, self.bytes_before, "; ".join(self.notes), self.scheme)
+        note = "; ".join(self.notes)
+        return Entry(self.kind, self.shape, self.bytes_before, note, self.scheme, self.folded)
+
+    def source(self) -> nn.Module:
+        """The float layer to convert, its batch norm in it."""
+        return self.module if self.fold is None else folded_layer(self.module, self.fold.norm)
 
 
 @dataclass
@@ -73,6 +81,7 @@ def make_plan(
     scheme: SchemeLike | None,
     overrides: Overrides | None,
     filter_fn: Filter | None,
+    fuse: bool,
 ) -> Plan:
     """Decide about every module of a float model; arguments and errors as for `quantize`."""
     chooser = _Chooser(scheme, overrides or {}, filter_fn)
@@ -103,16 +112,17 @@ def make_plan(
             converter, note = rules.find_converter(module, parent)
         kind, shape = type(module).__name__, weight_shape(module)
         if converter is None or layer_scheme is None:
-            size = count_bytes(own_tensors(module), counted)
-            plan.entries.append((module, Entry(kind, shape, size, note or _kept_note(module))))
+            size, folded = _before(module, own_tensors(module), counted)
+            note = note or _kept_note(module)
+            plan.entries.append((module, Entry(kind, shape, size, note, folded=folded)))
             continue
-        size = count_bytes([*module.parameters(), *module.buffers()], counted)
-        job = Job(module, name, layer_scheme, converter, size, kind, shape)
+        size, folded = _before(module, [*module.parameters(), *module.buffers()], counted)
+        job = Job(module, name, layer_scheme, converter, size, kind, shape, folded=folded)
         if isinstance(parent, nn.TransformerEncoderLayer) and any(
             module is parent._modules.get(key) for key in ("linear1", "linear2")
         ):
             job.notes.append(_ENCODER_NOTE)
-        hooks = sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)
+        hooks = rules.hook_count(module)
         if hooks:
             job.notes.append(f"hooks carried over: {hooks}")
         converted.add(id(module))
@@ -121,7 +131,27 @@ def make_plan(
     for job in plan.jobs:
         _check_finite(job)
         _note_ties(job, owners, converted)
+    if fuse and plan.jobs:
+        _plan_folds(plan, model, counted)
     return plan
+
+
+def _plan_folds(plan: Plan, model: nn.Module, counted: set[tuple[int, ...]]) -> None:
+    """Fold batch norms into the layers that convert, and account for all others."""
+    jobs = {id(job.module): job for job in plan.jobs}
+    folds, kept = find_folds(model)
+    for fold in folds:
+        size = count_bytes(own_tensors(fold.norm), counted)
+        job = jobs.get(id(fold.layer))
+        if job is None:
+            note = f"batch norm not folded: '{fold.layer_name}' before it stays float"
+            plan.entries.append((fold.norm, norm_entry(fold.norm, size, note)))
+        else:
+            job.fold, job.folded = fold, fold.layer_note
+            plan.entries.append((fold.norm, fold.norm_entry(size)))
+    for norm, note in kept:
+        size = count_bytes(own_tensors(norm), counted)
+        plan.entries.append((norm, norm_entry(norm, size, note)))
 
 
 class _Chooser:
@@ -192,6 +222,16 @@ def _parse(scheme: SchemeLike | None, what: str) -> Scheme | None:
 
 def _scheme_name(scheme: Scheme | None) -> str:
     return scheme.name if scheme else "None"
+
+
+def _before(
+    module: nn.Module, tensors: list[torch.Tensor], counted: set[tuple[int, ...]]
+) -> tuple[int, str]:
+    """Bytes of a module before the conversion, and what `lowbit.fuse` had folded into it."""
+    entry, size = entry_of(module), count_bytes(tensors, counted)
+    if entry is not None and entry.folded:
+        return entry.bytes_before, entry.folded
+    return size, ""
 
 
 def _kept_note(module: nn.Module) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -35,7 +36,8 @@ _NAME_WIDTH, _KIND_WIDTH = 36, 23  # the table then fits 120 columns
 class Entry:
     """What the conversion knew of a module: kept in the module's attribute, read by `summary`.
 
-    `scheme` is None for a module that stayed float. `bytes_before` counts a tensor that several
+    `scheme` is None for a module that stayed float. `folded` tells which batch norm is folded into
+    this layer, or into which layer this batch norm was. `bytes_before` counts a tensor that several
     modules share once, at the first of them.
     """
 
@@ -44,6 +46,7 @@ class Entry:
     bytes_before: int
     note: str = ""
     scheme: Scheme | None = None
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Row:
         bytes_before: bytes of the float parameters and buffers, shared ones counted once.
         bytes_after: bytes of what the module holds now, shared tensors counted once.
         converted: whether lowbit runs it.
+        removed: whether it was a batch norm and is now part of a layer.
         note: why it stayed float, or what to know about the conversion.
     """
 
@@ -71,6 +75,7 @@ class Row:
     bytes_after: int
     converted: bool
     note: str = ""
+    removed: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,12 @@ class Report:
     @property
     def kept(self) -> tuple[Row, ...]:
         """Rows of the modules that stayed float."""
-        return tuple(row for row in self.rows if not row.converted)
+        return tuple(row for row in self.rows if not (row.converted or row.removed))
+
+    @property
+    def folded(self) -> tuple[Row, ...]:
+        """Rows of the batch norms that are part of a layer now."""
+        return tuple(row for row in self.rows if row.removed)
 
     @property
     def bytes_before(self) -> int:
@@ -111,6 +121,7 @@ class Report:
             "layers": [asdict(row) | {"shape": list(row.shape)} for row in self.rows],
             "converted": len(self.converted),
             "kept": len(self.kept),
+            "folded": len(self.folded),
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -150,10 +161,11 @@ class Report:
             disable_numparse=True,
         )
         lines = [table, ""]
+        folded = f", batch norms folded: {len(self.folded)}" if self.folded else ""
         lines += [f"[{letter}] {kernel}" for kernel, letter in kernels.items()]
         lines += [f"[{number}] {note}" for note, number in notes.items()]
         lines += [
-            f"{len(self.converted)} converted, {len(self.kept)} kept float; "
+            f"{len(self.converted)} converted, {len(self.kept)} kept float{folded}; "
             f"other parameters and buffers: {_bytes(self.other_bytes)}",
             f"total: {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)} "
             f"({self.ratio:.2f}x smaller)",
@@ -168,15 +180,15 @@ def summary(model: nn.Module) -> Report:
         model: any module.
 
     Returns:
-        A row for every name of a module that lowbit runs and of every other module that holds a
-        parameter of two or more dimensions. A module with several names has its bytes in the row
-        of the first; the rows of the others say so.
+        A row for every name of a module that lowbit runs, of every other module that holds a
+        parameter of two or more dimensions, and of every batch norm that was to be folded. A module
+        with several names has its bytes in the row of the first; the rows of the others say so.
     """
     counted: set[tuple[int, ...]] = set()
     first_name: dict[int, str] = {}
     rows = []
     for name, module, _ in walk(model, stop=is_unit):
-        if not (is_converted(module) or holds_weights(module)):
+        if not (is_converted(module) or holds_weights(module) or is_norm(module)):
             continue
         name = name or ROOT
         if id(module) in first_name:
@@ -192,7 +204,8 @@ def summary(model: nn.Module) -> Report:
             before = _float_bytes(module)
         else:
             before = after
-        rows.append(_row(name, module, before, after, entry.note if entry else ""))
+        notes = (entry.note, entry.folded) if entry else ()
+        rows.append(_row(name, module, before, after, "; ".join(filter(None, notes))))
     other = count_bytes([*model.parameters(), *model.buffers()], counted)
     return Report(tuple(rows), other)
 
@@ -241,9 +254,7 @@ def is_converted(module: nn.Module) -> bool:
 
 def is_unit(module: nn.Module) -> bool:
     """Whether a module is accounted for as a whole, its children included."""
-    return is_converted(module) or (
-        isinstance(module, FLOAT_CLASSES) and is_parametrized(module)
-    )
+    return is_converted(module) or (isinstance(module, FLOAT_CLASSES) and is_parametrized(module))
 
 
 def holds_weights(module: nn.Module) -> bool:
@@ -251,6 +262,11 @@ def holds_weights(module: nn.Module) -> bool:
     if isinstance(module, FLOAT_CLASSES):
         return True
     return any(is_lazy(p) or p.dim() >= 2 for p in module._parameters.values() if p is not None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a batch norm that was to be folded, or the place of one that was."""
+    return isinstance(module, (_BatchNorm, nn.Identity)) and entry_of(module) is not None
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -307,8 +323,11 @@ def _row(name: str, module: nn.Module, before: int, after: int, note: str) -> Ro
             )
         )
     else:
-        dtypes = [p.dtype for p in own_tensors(module) if is_lazy(p) or p.dim() >= 2]
+        least = 1 if is_norm(module) else 2
+        dtypes = [p.dtype for p in own_tensors(module) if is_lazy(p) or p.dim() >= least]
         scheme = ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes)) or "float"
+        if isinstance(module, nn.Identity):
+            scheme = "folded"
     return Row(
         name=name,
         kind=entry.kind if entry else type(module).__name__,
@@ -319,6 +338,7 @@ def _row(name: str, module: nn.Module, before: int, after: int, note: str) -> Ro
         bytes_after=after,
         converted=converted,
         note=note,
+        removed=isinstance(module, nn.Identity) and entry is not None,
     )
 
 

@@ -28,6 +28,7 @@ _COMPUTES = (
     "weight",
     "bias",
 )
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _registered: dict[type[nn.Module], Converter] = {}
@@ -75,7 +76,7 @@ class PaddedConv2d(Conv2d):
         pads = super()._pads()
         return pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right
 
-    def dequantize(self) -> nn.Sequential:  # type: ignore[override]
+    def dequantize(self) -> nn.Sequential:
         """The float layers with the weights that the codes mean: padding, then convolution."""
         return nn.Sequential(nn.ZeroPad2d(self.static_padding), super().dequantize())
 
@@ -136,14 +137,20 @@ def is_builtin(converter: Converter) -> bool:
     return converter in _EMPTY
 
 
-def _same_forward(cls: type, base: type) -> bool:
+def hook_count(module: nn.Module) -> int:
+    """How many hooks a module's call runs."""
+    return sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)
+
+
+def same_forward(cls: type, base: type) -> bool:
+    """Whether a subclass computes what its base does."""
     return all(getattr(cls, name, None) is getattr(base, name, None) for name in _COMPUTES)
 
 
 def _registered_for(module: nn.Module) -> Converter | None:
     cls = type(module)
     for base in cls.__mro__:
-        if base in _registered and _same_forward(cls, base):
+        if base in _registered and same_forward(cls, base):
             return _registered[base]
     return None
 
@@ -151,7 +158,7 @@ def _registered_for(module: nn.Module) -> Converter | None:
 def _builtin_for(module: nn.Module) -> Any:
     cls = type(module)
     for base, layer in LAYERS.items():
-        if isinstance(module, base) and _same_forward(cls, base):
+        if isinstance(module, base) and same_forward(cls, base):
             return layer.from_float
     if isinstance(module, nn.Conv2d) and _static_padding(module) is not None:
         return _convert_padded_conv

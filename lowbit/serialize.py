@@ -7,12 +7,14 @@ only compared.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit import rules
 from lowbit.container import File, FileFormatError, read_file, write_file
@@ -23,10 +25,12 @@ from lowbit.convert import (
     name_layer,
     run_converted_encoder_layers,
 )
+from lowbit.fuse import identity, out_channels
 from lowbit.nn import LAYERS
 from lowbit.nn.base import QuantizedLayer
 from lowbit.nn.loading import state_problems
 from lowbit.report import (
+    FLOAT_CLASSES,
     Entry,
     entry_of,
     holds_weights,
@@ -74,10 +78,10 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a file of `save_file` into a model of the same architecture.
 
-    The layers that are converted in the file are replaced by lowbit layers, and all tensors by
-    those of the file. They are mapped, not read: weights are in memory once, on demand, and shared
-    with every other process that maps the file. The model's own weights are not read and may be on
-    the meta device.
+    The layers that are converted in the file are replaced by lowbit layers, batch norms that are
+    folded in the file by `nn.Identity`, and all tensors by those of the file. They are mapped, not
+    read: weights are in memory once, on demand, and shared with every other process that maps the
+    file. The model's own weights are not read and may be on the meta device.
 
     Args:
         model: the float model, built as it was before its conversion, or a converted one with the
@@ -94,13 +98,14 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         OSError: the file cannot be read.
     """
     file = read_file(path)
-    slots = child_slots(model)
-    layers = _empty_layers(model, file)
-    modules = {name: model.get_submodule(name) for name in layers}
-    replaced = {id(modules[name]): layer for name, layer in layers.items()}
-    _check_fit(file, _expected(model, replaced, file))
-    _check_codes(file, layers)
-    ties = _tied_parameters(model, file)
+    with _folded_norms(model, file):
+        slots = child_slots(model)
+        layers = _empty_layers(model, file)
+        modules = {name: model.get_submodule(name) for name in layers}
+        replaced = {id(modules[name]): layer for name, layer in layers.items()}
+        _check_fit(file, _expected(model, replaced, file))
+        _check_codes(file, layers)
+        ties = _tied_parameters(model, file)
     # From here on the model changes.
     for name, layer in reversed(layers.items()):  # the first of several names is the one to keep
         if layer is not modules[name]:
@@ -215,9 +220,39 @@ def _empty_layer(
             bytes_before=note.bytes_before if note else 0,
             note=note.note if note else "",
             scheme=scheme,
+            folded=note.folded if note else "",
         ),
     )
     return layer
+
+
+@contextlib.contextmanager
+def _folded_norms(model: nn.Module, file: File) -> Iterator[None]:
+    """Batch norms that the file has in their layers are taken out; put back if something fails."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    slots = child_slots(model)
+    for name, module, _ in list(walk(model, is_unit)):
+        entry = file.account.get(name)
+        if entry is None or not entry.folded:
+            continue
+        if isinstance(module, _BatchNorm):
+            place = identity(module)
+            for parent, key in slots.get(id(module), []):
+                undo.append((parent._modules, key, module))
+                parent._modules[key] = place
+        elif isinstance(module, FLOAT_CLASSES) and module._parameters.get("bias") is None:
+            # A folded norm gives a layer a bias; its size is all that is asked of it here.
+            weight = module._parameters["weight"]
+            assert weight is not None
+            bias = torch.empty(out_channels(module), dtype=weight.dtype, device="meta")
+            undo.append((module._parameters, "bias", None))
+            module._parameters["bias"] = nn.Parameter(bias, requires_grad=weight.requires_grad)
+    try:
+        yield
+    except BaseException:
+        for where, key, before in reversed(undo):
+            where[key] = before
+        raise
 
 
 def _expected(model: nn.Module, replaced: Mapping[int, nn.Module], file: File) -> dict[str, Tensor]:
@@ -312,7 +347,8 @@ def _check_codes(file: File, layers: Mapping[str, nn.Module]) -> None:
 def _restore_account(model: nn.Module, file: File) -> None:
     for name, module, _ in walk(model, is_unit):
         entry = file.account.get(name)
-        if entry is not None and holds_weights(module) and not is_converted(module):
+        accounted = holds_weights(module) or isinstance(module, (_BatchNorm, nn.Identity))
+        if entry is not None and accounted and not is_converted(module):
             set_entry(module, entry)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lowbit.demo.packages import check_packages
 from lowbit.demo.photographs import PHOTOS, class_names
+from lowbit.fuse import fuse
 
 
 def load_model() -> nn.Module:
@@ -30,26 +30,7 @@ def load_model() -> nn.Module:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    model.eval()
-    fold_batch_norms(model)
-    return model
-
-
-def fold_batch_norms(model: nn.Module) -> None:
-    """Folds each batch norm of an EfficientNet (package efficientnet-lite-pytorch) in place."""
-    pairs = {
-        "_conv_stem": "_bn0",
-        "_conv_head": "_bn1",
-        "_expand_conv": "_bn0",
-        "_depthwise_conv": "_bn1",
-        "_project_conv": "_bn2",
-    }
-    for module in model.modules():
-        for conv, norm in pairs.items():
-            if hasattr(module, conv):
-                folded = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-                setattr(module, conv, folded)
-                setattr(module, norm, nn.Identity())
+    return fuse(model.eval())
 
 
 @dataclass(frozen=True)

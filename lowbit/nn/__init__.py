@@ -1,5 +1,7 @@
 """Quantized layers."""
 
+from typing import Any
+
 from torch import nn
 
 from lowbit.nn.conv import Conv1d, Conv2d
@@ -9,7 +11,7 @@ from lowbit.schemes import Scheme
 
 __all__ = ["LAYERS", "SAFE_GLOBALS", "Conv1d", "Conv2d", "ConvTranspose2d", "Linear"]
 
-LAYERS = {
+LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: Linear,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,

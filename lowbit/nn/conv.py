@@ -126,9 +126,8 @@ class Convolution(QuantizedLayer):
     @staticmethod
     def _arguments(module: Any) -> dict[str, Any]:
         """The sizes of a float or a quantized convolution, as arguments of either's class."""
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        names = ("in_channels", "out_channels", *names)
-        return {name: getattr(module, name) for name in names}
+        sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        return {name: getattr(module, name) for name in (*sizes, "groups", "padding_mode")}
 
     def dequantize(self) -> nn.Module:
         """A float layer whose weights are what the codes mean."""
@@ -230,7 +229,7 @@ class Convolution(QuantizedLayer):
         return ", ".join(parts)
 
     def _weight_to_matrix(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [N, C, *kernel] as [N, K] of the packed layout; bool [K], where K is no padding."""
+        """Weight [N, C, *kernel] as [N, K] of the packed layout; bool [K]: what is no padding."""
         channels = weight.shape[1]
         tap = _core.tap_channels(self.scheme.weight, channels)
         matrix = F.pad(weight.movedim(1, -1), (0, tap - channels)).flatten(1)

@@ -1,9 +1,8 @@
-"""2-D transposed convolution with packed weights: ordinary convolutions, whose outputs alternate."""
+"""2-D transposed convolution with packed weights: ordinary ones, whose outputs alternate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -145,11 +144,11 @@ class ConvTranspose2d(LowbitLayer):
         bias = float_bias(module)
         for part, conv in zip(layer._geometry(), layer._convolutions(), strict=True):
             # As the part has its channels: [groups, phases, N / groups, C / groups, taps].
-            weights = torch.stack([layer._split(weight)[at].transpose(1, 2) for at in part.taps()], 1)
+            taps = [layer._split(weight)[at].transpose(1, 2) for at in part.taps()]
             repeated = None
             if bias is not None:
                 repeated = bias.view(layer.groups, 1, -1).expand(-1, part.count, -1).flatten()
-            conv.quantize_from(weights.flatten(0, 2), repeated)
+            conv.quantize_from(torch.stack(taps, 1).flatten(0, 2), repeated)
         return layer.train(module.training)
 
     def dequantize(self) -> nn.ConvTranspose2d:
@@ -168,7 +167,9 @@ class ConvTranspose2d(LowbitLayer):
             device = self._device()
             weight = torch.empty(self.weight_shape, dtype=self.weight_dtype, device=device)
             for part, conv in zip(self._geometry(), self._convolutions(), strict=True):
-                values = conv.weight.as_subclass(Tensor).unflatten(0, (self.groups, part.count, -1))
+                values = torch.unflatten(
+                    conv.weight.as_subclass(Tensor), 0, (self.groups, part.count, -1)
+                )
                 for phase, at in enumerate(part.taps()):
                     self._split(weight)[at] = values[:, phase].transpose(1, 2)
             return weight.as_subclass(DequantizedWeight)
@@ -188,7 +189,9 @@ class ConvTranspose2d(LowbitLayer):
         bias = self._first.bias
         if bias is None:
             return None
-        return bias.unflatten(0, (self.groups, self._geometry()[0].count, -1))[:, 0].flatten()
+        return torch.unflatten(bias, 0, (self.groups, self._geometry()[0].count, -1))[
+            :, 0
+        ].flatten()
 
     @property
     def packed_bytes(self) -> int:
@@ -293,9 +296,9 @@ class ConvTranspose2d(LowbitLayer):
             error_msgs.append(f"{self.label} (keys '{prefix}...'): {FLOAT_WEIGHT}")
             return
         super()._load_from_state_dict(
-            state_dict,  # type: ignore[arg-type]
+            state_dict,
             prefix,
-            local_metadata,  # type: ignore[arg-type]
+            local_metadata,
             strict,
             missing_keys,
             unexpected_keys,
@@ -318,7 +321,7 @@ class ConvTranspose2d(LowbitLayer):
 
     def _split(self, weight: Tensor) -> Tensor:
         """A float layer's weight as a view [groups, C / groups, N / groups, kh, kw]."""
-        return weight.unflatten(0, (self.groups, -1))
+        return torch.unflatten(weight, 0, (self.groups, -1))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -14,9 +14,7 @@ from lowbit.packed import NAMES, tensor_shapes
 from lowbit.schemes import Scheme
 
 VERSION_NAME = "format_version"
-FLOAT_WEIGHT = (
-    "the state dict holds a float weight; load it into the float model and quantize that"
-)
+FLOAT_WEIGHT = "the state dict holds a float weight; load it into the float model and quantize that"
 _OPTIONAL = ("weight_group_zero", "bias")
 
 

@@ -1,0 +1,192 @@
+"""Which layer's output a batch norm normalises, as torch.fx sees it.
+
+The model is traced whole if that is possible. Otherwise its modules are, each as far up as its
+forward can be traced, the ones that cannot being opaque to those above them: a `nn.Sequential`
+shows its order in any case. What is traced is a copy, since tracing runs the code of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lowbit.errors import one_line
+from lowbit.nn.base import LowbitLayer
+from lowbit.report import FLOAT_CLASSES
+
+# What a forward may ask of a layer's output without depending on its values.
+_METADATA = ("shape", "ndim", "dtype", "device")
+_METADATA_METHODS = ("size", "dim")
+
+
+class NotFolded(ValueError):
+    """Why a batch norm stays."""
+
+
+class Flow:
+    """The calls of a model's layers and norms.
+
+    Attributes:
+        failures: by the id of a module, why its own forward cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._calls: dict[int, list[fx.Node]] = {}
+        self._modules: dict[fx.Node, nn.Module] = {}
+        self._read: set[int] = set()
+        self.failures: dict[int, str] = {}
+        # Parameters are shared: they are not run on. Buffers might be counters.
+        memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+        try:
+            traced = copy.deepcopy(model, memo)
+        except Exception as error:  # whatever a __deepcopy__ raises
+            self.failures[id(model)] = f"the model cannot be copied ({one_line(error)})"
+            return
+        originals = {id(memo[id(m)]): m for m in model.modules() if id(m) in memo}
+        search = _Search()
+        for root, graph in search.graphs(traced):
+            self._read_graph(root, graph, originals)
+        for key, why in search.failures.items():
+            if key in originals:
+                self.failures[id(originals[key])] = why
+
+    def input_of(self, norm: nn.Module) -> nn.Module:
+        """The layer whose every output goes to this norm alone, and which alone feeds it.
+
+        Raises:
+            NotFolded: there is none.
+        """
+        calls = self._calls.get(id(norm), [])
+        if not calls:
+            raise NotFolded("no traced forward calls it")
+        layers = {id(layer): layer for layer in map(self._feeding_layer, calls)}
+        if len(layers) > 1:
+            raise NotFolded("it follows several layers")
+        (layer,) = layers.values()
+        for node in self._calls[id(layer)]:
+            for user in node.users:
+                if self._modules.get(user) is not norm and not _is_metadata(user):
+                    raise NotFolded("the output of the layer before it is used elsewhere, too")
+        if {id(layer), id(norm)} & self._read:
+            raise NotFolded("its tensors, or those of the layer before it, are used directly")
+        return layer
+
+    def _feeding_layer(self, call: fx.Node) -> nn.Module:
+        if len(call.all_input_nodes) != 1 or len(call.args) + len(call.kwargs) != 1:
+            raise NotFolded("it is called with more than one argument")
+        (before,) = call.all_input_nodes
+        layer = self._modules.get(before)
+        if layer is None or not isinstance(layer, FLOAT_CLASSES):
+            name = _what(before) if layer is None else type(layer).__name__
+            raise NotFolded(f"what comes before it is no layer that it can be folded into ({name})")
+        return layer
+
+    def _read_graph(
+        self, root: nn.Module, graph: fx.Graph, originals: dict[int, nn.Module]
+    ) -> None:
+        for node in graph.nodes:
+            if node.op == "call_module":
+                module = originals.get(id(root.get_submodule(node.target)))
+                if module is not None:
+                    self._modules[node] = module
+                    self._calls.setdefault(id(module), []).append(node)
+            elif node.op == "get_attr":
+                owner = originals.get(id(_owner(root, node.target)))
+                self._read.add(id(owner))
+
+
+@dataclass
+class _Search:
+    """Traces modules, as large ones as possible."""
+
+    opaque: set[int] = field(default_factory=set)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def graphs(self, model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
+        own, inner = self._collect(model)
+        return own + inner
+
+    def _collect(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
+        """Graphs that show the module from outside, and graphs of what is opaque in it."""
+        if _is_leaf(module):
+            return [], []
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # they have no forward
+        own = [] if container else self._trace(module)
+        if own:
+            return own, []
+        known = len(self.opaque)
+        found = [self._collect(child) for child in module.children()]
+        shown = [graph for outer, _ in found for graph in outer]
+        inner = [graph for _, deeper in found for graph in deeper]
+        if container:
+            return shown, inner
+        if len(self.opaque) > known:
+            own = self._trace(module)
+            if own:
+                return own, inner
+        self.opaque.add(id(module))
+        return [], inner + shown
+
+    def _trace(self, module: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
+        """The module's graphs: with every argument given, and with those that have no default.
+
+        Code may ask whether an argument is None, which shows only one of its branches.
+        """
+        parameters = inspect.signature(module.forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        ways = [None, defaults] if defaults else [None]
+        graphs = [self._graph(module, concrete) for concrete in ways]
+        return [(module, graph) for graph in graphs if graph is not None]
+
+    def _graph(self, module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
+        try:
+            return _Tracer(self.opaque).trace(module, concrete)
+        except Exception as error:  # any: it is the model's code, run on what is no tensor
+            self.failures[id(module)] = one_line(error)
+            return None
+
+
+class _Tracer(fx.Tracer):
+    """Traces into all modules but layers, norms, torch's own and those that cannot be traced."""
+
+    def __init__(self, opaque: set[int]) -> None:
+        super().__init__()
+        self._opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_leaf(m) or id(m) in self._opaque
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    if isinstance(module, (*FLOAT_CLASSES, _NormBase, LowbitLayer)):
+        return True
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+
+
+def _owner(root: nn.Module, target: str) -> nn.Module:
+    """The module that has this attribute, or the last one on its path."""
+    module = root
+    for part in target.split(".")[:-1]:
+        inner = getattr(module, part, None)
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    return module
+
+
+def _what(node: fx.Node) -> str:
+    target: Callable[..., Any] | str = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
