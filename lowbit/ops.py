@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from lowbit import _core
 from lowbit.inputs import (
@@ -43,8 +45,8 @@ _CONV2D = (
 
 
 _CONV_TRANSPOSE2D = (
-    "(Tensor x, Tensor[] weight_packed, Tensor[] weight_scale, Tensor?[] weight_group_scale, "
-    "Tensor?[] weight_group_zero, Tensor?[] bias, str weight_format, str activation, "
+    "(Tensor x, Tensor[] weight_packed, Tensor[] weight_scale, Tensor[] weight_group_scale, "
+    "Tensor[] weight_group_zero, Tensor[] bias, str weight_format, str activation, "
     "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
     "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups) -> Tensor"
 )
@@ -292,9 +294,9 @@ def _conv_transpose2d(
     x: Tensor,
     weight_packed: Sequence[Tensor],
     weight_scale: Sequence[Tensor],
-    weight_group_scale: Sequence[Tensor | None],
-    weight_group_zero: Sequence[Tensor | None],
-    bias: Sequence[Tensor | None],
+    weight_group_scale: Sequence[Tensor],
+    weight_group_zero: Sequence[Tensor],
+    bias: Sequence[Tensor],
     weight_format: str,
     activation: str,
     in_channels: int,
@@ -315,10 +317,15 @@ def _conv_transpose2d(
     transposed_size(x.shape, kernel, strides, pads, more, dilations, owner)
     geometry = parts(kernel, strides, dilations, groups == in_channels == out_channels)
     lists = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
-    if any(len(tensors) != len(geometry) for tensors in lists):
-        raise ValueError(f"{owner}: takes {len(geometry)} tensors of each kind, one for each part")
+    count = len(geometry)
+    if any(len(tensors) != count for tensors in lists[:2]) or any(
+        len(tensors) not in (0, count) for tensors in lists[2:]
+    ):
+        raise ValueError(f"{owner}: takes {count} tensors of each kind, one for each part, or none")
     weights = []
-    for part, tensors in zip(geometry, zip(*lists, strict=True), strict=True):
+    for i, part in enumerate(geometry):
+        group_scale, group_zero, offset = (t[i] if t else None for t in lists[2:])
+        tensors = (weight_packed[i], weight_scale[i], group_scale, group_zero, offset)
         sizes = (in_channels, out_channels * part.count, part.kernel_size, groups)
         weights.append(
             conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner)
@@ -328,13 +335,25 @@ def _conv_transpose2d(
     )
 
 
+def _conv_transpose2d_vmap(
+    info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    """Images do not depend on each other. (torch's own fallback takes no lists of tensors.)"""
+    flat, _ = tree_flatten(list(in_dims[1:]))
+    if any(dim is not None for dim in flat):
+        raise ValueError("lowbit::conv_transpose2d: vmap over the weights is not supported")
+    images = x.movedim(in_dims[0], 0)
+    y = torch.ops.lowbit.conv_transpose2d(images.flatten(0, 1), *rest)
+    return torch.unflatten(y, 0, tuple(images.shape[:2])), 0
+
+
 def _conv_transpose2d_fake(
     x: Tensor,
     weight_packed: Sequence[Tensor],
     weight_scale: Sequence[Tensor],
-    weight_group_scale: Sequence[Tensor | None],
-    weight_group_zero: Sequence[Tensor | None],
-    bias: Sequence[Tensor | None],
+    weight_group_scale: Sequence[Tensor],
+    weight_group_zero: Sequence[Tensor],
+    bias: Sequence[Tensor],
     weight_format: str,
     activation: str,
     in_channels: int,
@@ -373,6 +392,7 @@ def _register() -> None:
         torch.library.define(name, schema, tags=tags)
         torch.library.impl(name, "CPU", implementation)
         torch.library.register_fake(name, fake)
+    torch.library.register_vmap("lowbit::conv_transpose2d", _conv_transpose2d_vmap)
 
 
 _register()

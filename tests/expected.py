@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -94,6 +97,100 @@ def conv2d(layer, x: torch.Tensor) -> torch.Tensor:
         groups=groups,
     )
     return torch.from_numpy(np.ascontiguousarray(y)).to(x.dtype)
+
+
+def conv1d(layer, x: torch.Tensor) -> torch.Tensor:
+    """Output of a `lowbit.nn.Conv1d` for x [N, C, L], in x's dtype: an image one row high."""
+    image = SimpleNamespace(**vars(layer), **layer._buffers)
+    for name, beside in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+        value = getattr(layer, name)
+        setattr(image, name, value if isinstance(value, str) else (beside, *value))
+    return conv2d(image, x.unsqueeze(2)).squeeze(2)
+
+
+def conv_transpose2d(layer, x: torch.Tensor) -> torch.Tensor:
+    """Output of a `lowbit.nn.ConvTranspose2d` for x [N, C, H, W], in x's dtype; contiguous.
+
+    Pixel by pixel, from the definition: which inputs an output reads through which taps.
+    """
+    batch, _, height, width = x.shape
+    n, groups, (sh, sw), (ph, pw) = layer.out_channels, layer.groups, layer.stride, layer.padding
+    (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
+    size = [
+        (x.shape[2 + d] - 1) * layer.stride[d]
+        - 2 * layer.padding[d]
+        + layer.dilation[d] * (layer.kernel_size[d] - 1)
+        + layer.output_padding[d]
+        + 1
+        for d in (0, 1)
+    ]
+    image = np.ascontiguousarray(x.detach().float().numpy().transpose(0, 2, 3, 1))
+    codes, scale = oracle.quantize_activation(image, layer.scheme.activation)
+    weights = dict(_phases(layer))
+    bias = _array(layer.bias)
+    y = np.zeros((batch, *size, n), np.float32)
+    for row, column in np.ndindex(*size):
+        # In the order of the pixels that they read: as in an ordinary convolution.
+        rows = [k for k in reversed(range(kh)) if (row + ph - k * dh) % sh == 0]
+        columns = [k for k in reversed(range(kw)) if (column + pw - k * dw) % sw == 0]
+        if not (rows and columns):
+            y[:, row, column] = (0 if bias is None else bias) + 0 * scale[:, None]
+            continue
+        taps = []
+        for i, j in itertools.product(rows, columns):
+            at, to = (row + ph - i * dh) // sh, (column + pw - j * dw) // sw
+            inside = 0 <= at < height and 0 <= to < width
+            taps.append(codes[:, at, to] if inside else np.zeros_like(codes[:, 0, 0]))
+        window = np.stack(taps, 1).reshape(batch, len(rows), len(columns), groups, -1)
+        matrix, factors = weights[(row + ph) % sh, (column + pw) % sw]
+        for g, part in enumerate(np.split(np.arange(n), groups)):
+            values = oracle.conv_matrix(window[:, :, :, g], layer.scheme.weight)
+            y[:, row, column, part] = oracle.scaled_sum(
+                values,
+                scale,
+                matrix[part],
+                layer.scheme.weight,
+                *(None if f is None else f[part] for f in factors),
+                layer.scheme.group_size,
+                None if bias is None else bias[part],
+            )
+    return torch.from_numpy(np.ascontiguousarray(y.transpose(0, 3, 1, 2))).to(x.dtype)
+
+
+def _phases(layer) -> Iterator[tuple[tuple[int, int], tuple[np.ndarray, list]]]:
+    """For each phase (rows, columns): its weight codes [N, K], and its scales.
+
+    A part holds the phases with kernels of its size, rows before columns, in ascending order.
+    """
+    (sh, sw), (dh, dw) = layer.stride, layer.dilation
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    sizes = [
+        Counter(k * d % s for k in range(kernel))
+        for kernel, d, s in zip(layer.kernel_size, (dh, dw), (sh, sw), strict=True)
+    ]
+    order = []
+    for counts in sizes:
+        if depthwise:
+            order.append([[r] for r in sorted(counts, key=lambda r: (-counts[r], r))])
+        else:
+            by_size = sorted(set(counts.values()), reverse=True)
+            order.append([sorted(r for r in counts if counts[r] == size) for size in by_size])
+    pairs = list(itertools.product(*order))
+    assert len(pairs) == len(layer.parts)
+    for (rows, columns), part in zip(pairs, layer.parts, strict=True):
+        names = ("weight_scale", "weight_group_scale", "weight_group_zero")
+        factors = [_array(getattr(part, name)) for name in names]
+        blocks = 1 if oracle.is_depthwise(part.in_channels, part.out_channels, part.groups) else 0
+        blocks = blocks or part.groups
+        packed = np.split(part.weight_packed.numpy(), blocks)
+        n, depth = part.out_channels // blocks, part._layout()[2]
+        codes = [oracle.unpack(block, layer.scheme.weight, n, depth) for block in packed]
+        matrix = np.concatenate(codes)
+        phases = list(itertools.product(rows, columns))
+        channels = np.arange(part.out_channels).reshape(layer.groups, len(phases), -1)
+        for index, phase in enumerate(phases):
+            chosen = channels[:, index].ravel()
+            yield phase, (matrix[chosen], [None if f is None else f[chosen] for f in factors])
 
 
 def images() -> Iterator[tuple[str, torch.Tensor]]:

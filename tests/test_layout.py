@@ -182,7 +182,18 @@ def test_the_map_of_csrc_is_complete():
 
 # What runs a model. The rest (converting, reporting, measuring, the command line) may import it;
 # it imports none of the rest.
-RUNTIME = ("_core", "direct", "formats", "inputs", "packed", "quantizers", "schemes", "ops", "nn")
+RUNTIME = (
+    "_core",
+    "direct",
+    "formats",
+    "inputs",
+    "packed",
+    "phases",
+    "quantizers",
+    "schemes",
+    "ops",
+    "nn",
+)
 
 
 def module(path: Path) -> str:
@@ -230,6 +241,7 @@ def test_the_runtime_knows_nothing_above_it(mod):
 # Modules that users reach through another one, and whose tests are that one's.
 PYTHON_TESTED_IN = {
     "lowbit.container": "test_serialize.py",
+    "lowbit.dataflow": "test_fuse.py",
     "lowbit.model_argument": "test_cli.py",
     "lowbit.packed": "test_ops.py",
     "lowbit.plan": "test_convert.py",

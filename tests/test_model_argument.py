@@ -12,7 +12,6 @@ from lowbit.model_argument import (
     build,
     example_inputs,
     find,
-    in_one_line,
     random_input,
     read_inputs,
 )
@@ -95,8 +94,3 @@ def test_runs_no_code_of_a_file(tmp_path):
     torch.save(Unsafe(), tmp_path / "x.pt")
     with pytest.raises(CommandError, match=r"x.pt cannot be read"):
         read_inputs(tmp_path / "x.pt")
-
-
-def test_in_one_line():
-    assert in_one_line(ValueError("first\nsecond")) == "ValueError: first"
-    assert in_one_line(ValueError()) == "ValueError"

@@ -1,4 +1,4 @@
-"""torch's own samples of nn.Linear and nn.Conv2d, given to the converted layer.
+"""torch's own samples of the layers that convert, given to the converted layer.
 
 It must accept what the float layer accepts, return the same shape, dtype and memory format and
 nearly the same values, and raise where the float layer raises.
@@ -29,7 +29,7 @@ from torch.testing._internal.common_modules import module_db
 found = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for info in module_db:
-        if info.module_cls in (nn.Linear, nn.Conv2d):
+        if info.module_cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d):
             inputs = info.module_inputs_func(
                 info, device="cpu", dtype=dtype, requires_grad=False, training=False
             )
@@ -84,7 +84,8 @@ def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:
 def test_samples_are_there(samples):
     names = [name for name, *_ in samples("torch.float32")]
     assert sum(name.startswith("Linear") for name in names) >= 3
-    assert sum(name.startswith("Conv2d") for name in names) >= 4
+    for kind, least in {"Conv1d": 4, "Conv2d": 4, "ConvTranspose2d": 2}.items():
+        assert sum(name.startswith(f"{kind}-") for name in names) >= least
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +109,7 @@ def test_samples_give_what_the_float_layer_gives(samples, scheme, dtype):
                 assert sqnr(expected, actual) > LEAST_SQNR[scheme], case
 
 
-@pytest.mark.parametrize("cls", [nn.Linear, nn.Conv2d], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", lowbit.nn.LAYERS, ids=lambda cls: cls.__name__)
 def test_forward_takes_its_input_by_the_same_name(cls):
     ours = inspect.signature(getattr(lowbit.nn, cls.__name__).forward).parameters
     assert list(ours) == list(inspect.signature(cls.forward).parameters)
@@ -138,15 +139,38 @@ BAD_INPUTS = {
         "list": [0.0],
         "none": None,
     },
+    "Conv1d": {
+        "channels": torch.zeros(2, 5, 6),
+        "channels-unbatched": torch.zeros(5, 6),
+        "vector": torch.zeros(4),
+        "four-dimensional": torch.zeros(1, 2, 4, 6),
+        "smaller-than-the-kernel": torch.zeros(2, 4, 2),
+        "no-samples": torch.zeros(2, 4, 0),
+        "integers": torch.zeros(2, 4, 6, dtype=torch.int32),
+        "list": [0.0],
+        "none": None,
+    },
+    "ConvTranspose2d": {
+        "channels": torch.zeros(2, 5, 6, 6),
+        "channels-unbatched": torch.zeros(5, 6, 6),
+        "matrix": torch.zeros(4, 6),
+        "five-dimensional": torch.zeros(1, 2, 4, 6, 6),
+        "no-pixels": torch.zeros(2, 4, 0, 6),
+        "integers": torch.zeros(2, 4, 6, 6, dtype=torch.int32),
+        "list": [0.0],
+        "none": None,
+    },
 }
 ACCEPTED_SIZES = {
     "Linear": [(0, 10), (3, 0, 10), (10,), (1, 1, 1, 1, 10)],
     "Conv2d": [(0, 4, 6, 6), (4, 6, 6), (1, 4, 3, 3), (2, 4, 3, 9)],
+    "Conv1d": [(0, 4, 6), (4, 6), (1, 4, 3), (2, 4, 9)],
+    "ConvTranspose2d": [(0, 4, 6, 6), (4, 6, 6), (1, 4, 1, 1), (2, 4, 3, 9)],
 }
 
 
 def example(kind: str) -> nn.Module:
-    return (nn.Linear(10, 8) if kind == "Linear" else nn.Conv2d(4, 5, 3)).eval()
+    return (nn.Linear(10, 8) if kind == "Linear" else getattr(nn, kind)(4, 5, 3)).eval()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def model():
 
 def test_rows_of_a_converted_model(model):
     report = lowbit.quantize_(model, "w4a8", overrides={"4": None})
-    conv, first, last = report.rows
+    conv, norm, first, last = report.rows
     assert conv == Row(
         name="0",
         kind="Conv2d",
@@ -49,16 +49,20 @@ def test_rows_of_a_converted_model(model):
     assert (last.kernel, last.converted, last.scheme) == ("", False, "float32")
     assert last.bytes_before == last.bytes_after == 4 * 330
     assert report.converted == (conv, first)
-    assert report.kept == (last,)
+    assert (norm.kind, norm.shape, norm.scheme) == ("BatchNorm2d", (16,), "float32")
+    assert "not folded: it is in training mode" in norm.note
+    assert norm.bytes_before == norm.bytes_after == model_bytes(model[1])
+    assert report.kept == (norm, last)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32", "w2a8", "w1a1"])
-def test_totals_are_those_of_the_state_dicts(model, scheme):
-    before = model_bytes(model)
-    report = lowbit.quantize_(model, scheme)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_totals_are_those_of_the_state_dicts(model, scheme, fuse):
+    before = model_bytes(model.eval())
+    report = lowbit.quantize_(model, scheme, fuse=fuse)
     assert report.bytes_before == before
     assert report.bytes_after == model_bytes(model)
-    assert report.other_bytes == model_bytes(model[1])
+    assert report.other_bytes == model_bytes(model[1])  # a folded norm has its own row
     assert report.ratio == before / model_bytes(model)
 
 
@@ -110,16 +114,19 @@ def test_json(model):
 
 
 def test_table_shows_every_row_note_and_total(model):
-    report = lowbit.quantize_(model, "w4a8", overrides={"4": None})
+    report = lowbit.quantize_(model.eval(), "w4a8", overrides={"4": None})
     text = str(report)
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["layer", "class", "weight", "scheme"]
     assert f"[a] {_core.kernel_name('int4', 'int8')}" in lines
-    assert [line.split()[4] for line in lines[2:4]] == ["a", "a"]
+    assert [line.split()[4] for line in (lines[2], lines[4])] == ["a", "a"]
+    assert lines[3].split()[:4] == ["1", "BatchNorm2d", "16", "folded"]
+    assert "[1] batch norm '1' folded in" in lines
+    assert "[2] folded into '0'" in lines
     (kept,) = [line for line in lines if line.startswith("4 ")]
-    assert kept.split()[-1] == "1"
-    assert "[1] override '4' is None" in lines
-    assert "2 converted, 1 kept float" in text
+    assert kept.split()[-1] == "3"
+    assert "[3] override '4' is None" in lines
+    assert "2 converted, 1 kept float, batch norms folded: 1" in text
     assert f"{report.ratio:.2f}x smaller" in lines[-1]
 
 
@@ -151,5 +158,5 @@ def test_kernels_have_letters_and_names_break_behind_dots():
 
 def test_quantize_alone_leaves_the_account_on_the_copy(model):
     quantized = lowbit.quantize(model, "w4a8", overrides={"4": None})
-    assert lowbit.summary(quantized).kept[0].note == "override '4' is None"
+    assert lowbit.summary(quantized).kept[-1].note == "override '4' is None"
     assert lowbit.summary(model).kept[2].note == ""

@@ -147,7 +147,7 @@ class ConvTranspose2d(LowbitLayer):
             taps = [layer._split(weight)[at].transpose(1, 2) for at in part.taps()]
             repeated = None
             if bias is not None:
-                repeated = bias.view(layer.groups, 1, -1).expand(-1, part.count, -1).flatten()
+                repeated = bias.view(layer.groups, 1, -1).repeat(1, part.count, 1).flatten()
             conv.quantize_from(torch.stack(taps, 1).flatten(0, 2), repeated)
         return layer.train(module.training)
 
@@ -226,10 +226,9 @@ class ConvTranspose2d(LowbitLayer):
         else:
             if isinstance(x, Tensor):
                 transposed_size(x.shape, *window, self.label)
-            tensors = zip(*(conv.operator_tensors() for conv in self._convolutions()), strict=True)
             y = torch.ops.lowbit.conv_transpose2d(
                 x,
-                *map(list, tensors),
+                *self.operator_tensors(),
                 self.scheme.weight,
                 self.scheme.activation,
                 self.in_channels,
@@ -240,6 +239,18 @@ class ConvTranspose2d(LowbitLayer):
             )
             y = autocast(y)
         return y.squeeze(0) if unbatched else y
+
+    def operator_tensors(self) -> list[list[Tensor]]:
+        """The tensors of all parts in the order of the operator's arguments; of none, no list."""
+        lists = []
+        for tensors in zip(
+            *(conv.operator_tensors() for conv in self._convolutions()), strict=True
+        ):
+            there = [tensor for tensor in tensors if tensor is not None]
+            if len(there) not in (0, len(tensors)):
+                raise ValueError(f"{self.label}: some parts lack tensors of others")
+            lists.append(there)
+        return lists
 
     def _window(self) -> tuple[Pair, Pair, Pair, Pair, Pair]:
         """kernel_size, stride, padding, output_padding and dilation, as they are now."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from lowbit import _core
 from lowbit import nn as lnn
-from lowbit.nn import Conv2d, Linear
+from lowbit.nn import Conv1d, Conv2d, Linear
 from lowbit.schemes import Scheme
 
 KINDS = {
@@ -31,6 +31,10 @@ KINDS = {
     "grouped": (
         lambda s, bias=True: Conv2d.from_float(nn.Conv2d(6, 10, 3, groups=2, bias=bias).eval(), s),
         (2, 6, 7, 8),
+    ),
+    "signal": (
+        lambda s, bias=True: Conv1d.from_float(nn.Conv1d(6, 10, 3, bias=bias).eval(), s),
+        (2, 6, 9),
     ),
     "depthwise": (
         lambda s, bias=True: Conv2d.from_float(nn.Conv2d(6, 6, 3, groups=6, bias=bias).eval(), s),
@@ -52,7 +56,7 @@ def empty_like(layer, scheme=None, device=None):
     if isinstance(layer, Linear):
         bias = layer.bias is not None
         return Linear(layer.in_features, layer.out_features, bias, scheme, device).eval()
-    return Conv2d(
+    return type(layer)(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
