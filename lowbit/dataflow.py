@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lowbit.errors import one_line
@@ -43,6 +43,9 @@ class Flow:
         self.failures: dict[int, str] = {}
         # Parameters are shared: they are not run on. Buffers might be counters.
         memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+        # So are weights that a hook computes (weight_norm): they cannot be copied.
+        held = (value for module in model.modules() for value in vars(module).values())
+        memo |= {id(value): value for value in held if isinstance(value, Tensor)}
         try:
             traced = copy.deepcopy(model, memo)
         except Exception as error:  # whatever a __deepcopy__ raises
