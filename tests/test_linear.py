@@ -76,7 +76,15 @@ def test_long_rows(kernel, k):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_groups(kernel, grouping):
-    for m, n, k in ((1, 17, 1), (1, 70, 64), (2, 5, 65), (7, 33, 160), (1, 16, 777), (9, 65, 97), (26, 70, 97)):
+    for m, n, k in (
+        (1, 17, 1),
+        (1, 70, 64),
+        (2, 5, 65),
+        (7, 33, 160),
+        (1, 16, 777),
+        (9, 65, 97),
+        (26, 70, 97),
+    ):
         check(kernel, m, n, k, grouping, bias=m != 2)
 
 
