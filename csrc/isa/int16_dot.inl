@@ -13,6 +13,7 @@
 constexpr int kQuadBytes = kVectorBytes;
 // Rows of a tile: its registers are 2 x rows sums, 2 of weights, an activation, a product.
 constexpr int kRows = 6;
+constexpr int kFewRows = 12;
 
 // Calls call(sub-tile, rows) for all rows, in tiles of at most `most`, as equal as possible. Rows
 // of an int16 activation stay together.
@@ -40,13 +41,15 @@ struct Dot {
 
   static void run(const Tile& t) {
     for (int p = 0; p < t.panels; ++p) {
-      if (t.rows <= kRows) {
-        with_rows<1, kRows>(t.rows, [&](auto mr) { stream<decltype(mr)::value>(t, p); });
-        continue;
-      }
-      decode(t, p);
+      const bool decoded = t.rows > kFewRows;
+      if (decoded) decode(t, p);
       over_rows(t, kRows, [&](const Tile& part, int rows) {
-        with_rows<kRows / 2, kRows>(rows, [&](auto mr) { tile<decltype(mr)::value>(part, p); });
+        with_rows<1, kRows>(rows, [&](auto mr) {
+          constexpr int MR = decltype(mr)::value;
+          if constexpr (MR >= kRows / 2)
+            if (decoded) return tile<MR>(part, p);
+          stream<MR>(part, p);
+        });
       });
     }
   }
@@ -190,17 +193,23 @@ struct Dot<8, S> {
   static_assert(S == 0, "no format of 8 bits has even levels");
   static_assert(2 * 128 * 128 <= 32768 && 2 * 128 * 127 <= 32767, "a pair would saturate");
   static constexpr int kMost = 4;  // rows of a tile: each has two operands
+  static constexpr int64_t kBlockBytes = 512 * 1024;
 
   static void run(const Tile& t) {
-    bool fetch = true;
-    over_rows(t, kMost, [&](Tile part, int rows) {
-      const Operands x(part, rows);
-      part.offset = x.offset;
-      part.offset_pitch = t.groups;
-      for (int p = 0; p < t.panels; ++p)
-        with_rows<1, kMost>(rows, [&](auto mr) { tile<decltype(mr)::value>(part, x, p, fetch); });
-      fetch = false;
-    });
+    // Panels that stay in the second cache while the rows pass by.
+    const int most = static_cast<int>(kBlockBytes / (t.steps * kVectorBytes + 1)) + 1;
+    for (int first = 0; first < t.panels; first += most) {
+      const int end = first + most < t.panels ? first + most : t.panels;
+      bool fetch = true;
+      over_rows(t, kMost, [&](Tile part, int rows) {
+        const Operands x(part, rows);
+        part.offset = x.offset;
+        part.offset_pitch = t.groups;
+        for (int p = first; p < end; ++p)
+          with_rows<1, kMost>(rows, [&](auto mr) { tile<decltype(mr)::value>(part, x, p, fetch); });
+        fetch = false;
+      });
+    }
   }
 
   // Both operands of kMost rows, and offsets of groups of 32 at least.
