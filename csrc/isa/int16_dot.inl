@@ -245,17 +245,19 @@ struct Dot<8, S> {
     // Returns what codes of 0 yield.
     int32_t prepare(const int8_t* a, int64_t k, uint8_t* out) const {
       Reg sum = zero();
-      for (int64_t i = 0; i < k; i += kRegBytes) {
-        uint8_t last[kRegBytes] = {};
-        const uint8_t* p = reinterpret_cast<const uint8_t*>(a + i);
-        if (i + kRegBytes > k) {
-          __builtin_memcpy(last, p, static_cast<size_t>(k - i));
-          p = last;
-        }
-        const Reg x = load(p), m = magnitude(x), f = sign_flip(x);
-        store(reinterpret_cast<int32_t*>(out + i), m);
-        store(reinterpret_cast<int32_t*>(out + pitch + i), f);
+      const auto add_codes = [&](const void* codes, int64_t at) __attribute__((always_inline)) {
+        const Reg x = load(static_cast<const uint8_t*>(codes));
+        const Reg m = magnitude(x), f = sign_flip(x);
+        store(reinterpret_cast<int32_t*>(out + at), m);
+        store(reinterpret_cast<int32_t*>(out + pitch + at), f);
         sum = add(sum, sum_pairs(multiply_bytes(m, f), 1));
+      };
+      int64_t i = 0;
+      for (; i + kRegBytes <= k; i += kRegBytes) add_codes(a + i, i);
+      if (i < k) {
+        int8_t last[kRegBytes] = {};
+        __builtin_memcpy(last, a + i, static_cast<size_t>(k - i));
+        add_codes(last, i);
       }
       int32_t lanes[kLanes], total = 0;
       store(lanes, sum);
