@@ -76,7 +76,8 @@ class Block {
                 piece(group_zero_, zeros * scales),
                 piece(group_sum_, zeros * rows.count * depth.groups), piece(out_, size),
                 piece(sums_, in_tile ? 0 : size), piece(wide_, in_tile ? 0 : size),
-                piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size));
+                piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size),
+                piece(tile_.room, kernel.room(depth.steps * traits(weights.format).depth())));
     const int add = traits(weights.format).add;
     for (int64_t i = 0; i < code_rows * depth.chunks(); ++i) offset_[i] = add * rows.sums[i];
     if (zeros) sum_groups();

@@ -26,6 +26,7 @@ struct Tile {
   const uint8_t* ahead;         // what to prefetch meanwhile, step by step:
   int fetch;                    // so many panels, `panel_stride` apart
   ptrdiff_t panel_stride;
+  uint8_t* room;  // Kernel::room bytes of scratch, 64-byte aligned
   int64_t steps, group_steps, groups;
   const int32_t* offset;  // [rows][groups], `offset_pitch` apart: added to a group's sums
   ptrdiff_t offset_pitch;
@@ -45,6 +46,8 @@ struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
   int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
+
+  int64_t (*room)(int64_t k);  // bytes of scratch that `dot` needs for rows of k
 
   // s[r][c] = offset + sum over k of mul * code[c][k] * a[r][k], a group; int32 arithmetic modulo
   // 2^32. Then f = float(s), or fma(group_scale, float(s), f) over the groups with, where there is
@@ -106,7 +109,8 @@ struct Kernel {
               float mul, float add, float* out);
 
   // Ceilings: run `iterations` of the instruction mix, return the multiply-accumulates done.
-  double (*probe_dot)(int64_t iterations);
+  // probe_dot's index: codes of 8, 4, 2, 1 bits.
+  double (*probe_dot[4])(int64_t iterations);
   double (*probe_fma)(int64_t iterations);
   double (*probe_xnor)(int64_t iterations);
   uint64_t (*read)(const void* p, int64_t bytes);  // a sum of everything read

@@ -34,11 +34,16 @@ double best_rate(double seconds, Round round) {
 
 double probe(const std::string& what, double seconds) {
   const Kernel& k = kernel();
-  double (*const run)(int64_t) = what == "dot"    ? k.probe_dot
-                                 : what == "fma"  ? k.probe_fma
-                                 : what == "xnor" ? k.probe_xnor
-                                                  : nullptr;
-  if (!run) throw std::invalid_argument("probe '" + what + "' is unknown; use dot, fma or xnor");
+  double (*const run)(int64_t) = what == "dot" || what == "dot1" ? k.probe_dot[3]
+                                 : what == "dot2"                ? k.probe_dot[2]
+                                 : what == "dot4"                ? k.probe_dot[1]
+                                 : what == "dot8"                ? k.probe_dot[0]
+                                 : what == "fma"                 ? k.probe_fma
+                                 : what == "xnor"                ? k.probe_xnor
+                                                                 : nullptr;
+  if (!run)
+    throw std::invalid_argument("probe '" + what +
+                                "' is unknown; use dot, dot8, dot4, dot2, dot1, fma or xnor");
   constexpr int64_t kIterations = 200000;
   return best_rate(seconds, [&] { return run(kIterations); });
 }

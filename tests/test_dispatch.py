@@ -70,7 +70,11 @@ def test_isas_are_described_best_first():
 def test_cpu_features_explain_what_is_usable():
     features = _core.cpu_features()
     assert all(isinstance(value, bool) for value in features.values())
-    for name, needs in {"avx2": ["avx2", "fma", "f16c"], "avx512vnni": ["avx512vnni"]}.items():
+    for name, needs in {
+        "avx2": ["avx2", "fma", "f16c"],
+        "avxvnni": ["avx2", "avxvnni"],
+        "avx512vnni": ["avx512vnni"],
+    }.items():
         if name in USABLE:
             assert all(features[feature] for feature in needs)
 
@@ -83,7 +87,7 @@ def test_cpu_features_are_the_kernels_own_view():
     )
     flags = {flag.replace("_", "") for flag in flags.split()}
     features = _core.cpu_features()
-    for name in ("avx2", "fma", "f16c", "avx512f", "avx512vnni"):
+    for name in ("avx2", "fma", "f16c", "avxvnni", "avx512f", "avx512vnni"):
         assert features[name] == (name in flags), name
 
 
@@ -278,7 +282,7 @@ def test_set_isa_beyond_the_cpu_is_an_error():
 # --- probes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["dot", "fma", "xnor"])
+@pytest.mark.parametrize("what", ["dot", "dot8", "dot4", "dot2", "dot1", "fma", "xnor"])
 def test_probes_measure_something(isa, what):
     assert _core.probe(what, 0.001) > 0
 

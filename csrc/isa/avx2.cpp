@@ -1,55 +1,26 @@
-// AVX2 with FMA and F16C: Haswell, Zen and later. A 64-byte vector is two registers.
-//
-// vpmaddubsw saturates at 16 bits, so it may only see codes whose pair sums fit; 8-bit codes are
-// widened instead.
+// AVX2 with FMA and F16C: Haswell, Zen and later.
 #define LOWBIT_KERNEL_NAME avx2
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "compile this file with the flags of its row in isas.inc"
 #endif
-#include <immintrin.h>
+#define LOWBIT_INT16_SUMS
+#define LOWBIT_CARRY_SAVE
+#include "avx2.inl"
 
-#include "begin.inl"
+constexpr int kMr = 48, kPanels = 4, kTallMr = kMr, kTallPanels = kPanels;  // cut up further
 
-using Reg = __m256i;
-constexpr int kRegs = 2, kMr = 4, kPanels = 1, kTallMr = kMr,
-              kTallPanels = 1;  // 8 accumulators + weights + activation + constants
-constexpr int kChainSums = 8;
-constexpr bool kMaskInPlace = false;
-
-inline Reg zero() { return _mm256_setzero_si256(); }
-inline Reg load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Reg*>(p)); }
-inline void store(int32_t* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<Reg*>(p), v); }
-inline Reg bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
-inline Reg broadcast(const int8_t* p) {
-  int32_t x;
-  __builtin_memcpy(&x, p, 4);
-  return _mm256_set1_epi32(x);
+inline Reg multiply_bytes(Reg u, Reg a) { return _mm256_maddubs_epi16(u, a); }
+inline Reg sum_pairs(Reg v, int x) {
+  return _mm256_madd_epi16(v, _mm256_set1_epi16(static_cast<short>(x)));
 }
-inline void opaque(Reg& v) { asm volatile("" : "+x"(v)); }
-using FloatReg = __m256;
-inline FloatReg to_float(Reg v) { return _mm256_cvtepi32_ps(v); }
-inline FloatReg float_load(const float* p) { return _mm256_loadu_ps(p); }
-// Exact, and subnormals are not flushed whatever the mode.
-inline FloatReg half_load(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline void float_store(float* p, FloatReg v) { _mm256_storeu_ps(p, v); }
-inline FloatReg float_splat(float x) { return _mm256_set1_ps(x); }
-inline FloatReg float_broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-inline FloatReg multiply(FloatReg a, FloatReg b) { return _mm256_mul_ps(a, b); }
-inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
-inline void opaque_float(FloatReg& v) { asm volatile("" : "+x"(v)); }
-
-template <int B, int P, int S>
-inline Reg unpack(Reg v) {
-  if constexpr (B < 8) {
-    if constexpr (B * P > S) v = _mm256_srli_epi16(v, B * P - S);
-    if constexpr (B * P < S) v = _mm256_slli_epi16(v, S - B * P);
-    v = _mm256_and_si256(v, _mm256_set1_epi8(((1 << B) - 1) << S));
-  }
-  return v;
+inline void accumulate(Reg& acc, Reg v) { asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(v)); }
+inline void accumulate_shorts(Reg& acc, Reg v) { asm("vpaddw %1, %0, %0" : "+x"(acc) : "x"(v)); }
+inline Reg magnitude(Reg a) { return _mm256_abs_epi8(a); }
+inline Reg sign_flip(Reg a) {
+  return _mm256_xor_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), a), _mm256_set1_epi8(-128));
 }
 
+// Of any operands: for depthwise convolutions and sums of codes.
 template <int B>
 inline Reg dot(Reg acc, Reg u, Reg a) {
   if constexpr (B == 8) {
@@ -62,45 +33,9 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u_even, a_even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(u_odd, a_odd));
   } else {
-    static_assert(2 * ((2 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
-    return _mm256_add_epi32(acc,
-                            _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), _mm256_set1_epi16(1)));
+    static_assert(2 * ((1 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
+    return _mm256_add_epi32(acc, sum_pairs(multiply_bytes(u, a), 1));
   }
-}
-
-inline Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
-inline Reg sub(Reg a, Reg b) { return _mm256_sub_epi32(a, b); }
-template <int N>
-inline Reg shift_left(Reg v) {
-  return _mm256_slli_epi32(v, N);
-}
-template <int N>
-inline Reg shift_right(Reg v) {
-  return _mm256_srai_epi32(v, N);
-}
-inline Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
-inline Reg bit_and(Reg a, Reg b) { return _mm256_and_si256(a, b); }
-
-inline Reg popcount_add(Reg acc, Reg v) {
-  const Reg table =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  const Reg low = _mm256_set1_epi8(0x0f);
-  const Reg count =
-      _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
-                      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
-  return dot<4>(acc, count, bytes(1));
-}
-
-inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,
-                       Reg (&out)[2]) {
-  const auto get = [](const int8_t* t) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(t));
-  };
-  const __m128i a = get(t0), b = get(t1), c = get(t2), d = get(t3);
-  const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
-  const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
-  out[0] = _mm256_set_m128i(_mm_unpackhi_epi16(ab0, cd0), _mm_unpacklo_epi16(ab0, cd0));
-  out[1] = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
 }
 
 #include "microkernel.inl"

@@ -7,7 +7,7 @@
 using Reg = __m512i;
 // 24 accumulators + 4 (2) weights + 1 activation
 constexpr int kRegs = 1, kMr = 6, kPanels = 4, kTallMr = 12, kTallPanels = 2;
-constexpr int kChainSums = 16;
+constexpr int kChainSums = 16, kTightSums = 0;
 constexpr bool kMaskInPlace = true;
 
 inline Reg zero() { return _mm512_setzero_si512(); }
@@ -34,7 +34,7 @@ inline FloatReg multiply(FloatReg a, FloatReg b) { return _mm512_mul_ps(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+v"(v)); }
 
-template <int B, int P, int S>
+template <int B, int P, int S, bool>
 inline Reg unpack(Reg v) {
   if constexpr (B < 8) {
     // A 16-bit shift brings in the neighbour's bits: every field is masked.

@@ -14,7 +14,7 @@
 
 using Reg = int32x4_t;
 constexpr int kRegs = 4, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1;
-constexpr int kChainSums = 16;
+constexpr int kChainSums = 16, kTightSums = 0;
 constexpr bool kMaskInPlace = false;  // sdot: codes below 128
 
 inline Reg zero() { return vdupq_n_s32(0); }
@@ -40,7 +40,7 @@ inline FloatReg multiply(FloatReg a, FloatReg b) { return vmulq_f32(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return vfmaq_f32(c, a, b); }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+w"(v)); }
 
-template <int B, int P, int S>
+template <int B, int P, int S, bool>
 inline Reg unpack(Reg v) {
   uint8x16_t u = vreinterpretq_u8_s32(v);
   if constexpr (B < 8) {

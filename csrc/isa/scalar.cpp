@@ -6,7 +6,8 @@
 struct Reg {
   uint32_t lane[16];
 };
-constexpr int kRegs = 1, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1, kChainSums = 1;
+constexpr int kRegs = 1, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1, kChainSums = 1,
+              kTightSums = 0;
 constexpr bool kMaskInPlace = false;
 
 inline Reg zero() { return Reg{}; }
@@ -76,7 +77,7 @@ inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
 }
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+m"(v)); }
 
-template <int B, int P, int S>
+template <int B, int P, int S, bool>
 inline Reg unpack(const Reg& v) {
   constexpr uint32_t kMask = ((1u << B) - 1) * 0x01010101u;
   Reg u;

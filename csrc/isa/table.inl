@@ -15,8 +15,9 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kNr,
     kTallMr,
     kTallPanels* kPanel,
+    room,
     {
-#define X(name, bits, mul, add) run<Dot<bits, mul == 2 ? 1 : 0>>,
+#define X(name, bits, mul, add) Dot<bits, mul == 2 ? 1 : 0>::run,
         LOWBIT_FORMATS(X)
 #undef X
     },
@@ -39,7 +40,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     transpose,
     expand_groups,
     fit,
-    probe_dot,
+    {probe_dot<8>, probe_dot<4>, probe_dot<2>, probe_dot<1>},
     probe_fma,
     probe_xnor,
     read_all,

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 ISA_ROW = re.compile(r'^LOWBIT_ISA\((\w+),.*"(.*)"\)')
-INSTRUCTION = re.compile(r"^ *[0-9a-f]+:\t([0-9a-f ]+)\t(\S+)")
+INSTRUCTION = re.compile(r"^ *[0-9a-f]+:\t([0-9a-f ]+)\t(?:\{\w+\} )?(\S+)")
 
 # In 64-bit code c4 and c5 always begin a VEX prefix and 62 an EVEX prefix; only segment and
 # size overrides may come before.
@@ -43,7 +43,7 @@ def families(machine: str, encoding: str, mnemonic: str) -> set[str]:
         if EVEX.match(encoding):
             found.add("avx512")
         if mnemonic.startswith("vpdp"):
-            found.add("vnni")
+            found.add("avxvnni" if VEX.match(encoding) else "avx512vnni")
         if re.fullmatch(r"vpopcnt[dq]", mnemonic):
             found.add("vpopcntdq")
     return found
@@ -51,7 +51,7 @@ def families(machine: str, encoding: str, mnemonic: str) -> set[str]:
 
 def allowed(flags: str) -> set[str]:
     """The families that an object compiled with these flags may use."""
-    names = {"avx", "avx512", "vnni", "vpopcntdq", "dotprod", "i8mm"}
+    names = {"avx", "avx512", "avxvnni", "avx512vnni", "vpopcntdq", "dotprod", "i8mm"}
     return {name for name in names if name in flags}
 
 

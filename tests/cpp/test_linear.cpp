@@ -61,6 +61,14 @@ TEST_CASE("any number of rows") {
   });
 }
 
+TEST_CASE("many rows") {
+  // AVX2's tiles have 48.
+  for_each_pair([](Format format, Activation activation) {
+    Lcg draw(20);
+    for (int64_t m : {47, 48, 49, 95, 97, 150}) check_random(draw, format, activation, m, 83, 71);
+  });
+}
+
 TEST_CASE("any number of channels") {
   for_each_pair([](Format format, Activation activation) {
     Lcg draw(12);
@@ -140,6 +148,34 @@ TEST_CASE("int16 sums at the edge of int32") {
               Activation::int16, Edge::kEnd, {1});
       }
   }
+}
+
+TEST_CASE("sums of the largest products, as deep as a narrow sum is and deeper") {
+  // Partial sums of 16 bits (8, 42 or 128 products deep) and counts of 8: every product is the
+  // largest or the smallest one, in each of the patterns. The low byte of 32384 is -128.
+  for_each_pair([](Format format, Activation activation) {
+    const float q = activation == Activation::int16 ? 32384.0f : 127.0f;
+    constexpr int64_t kDepths[] = {28, 32, 36, 168, 516, 2600};
+    Lcg draw(21);
+    for (int64_t k : kDepths)
+      for (Codes kind : {Codes::kHighest, Codes::kLowest, Codes::kExtreme})
+        for (int64_t m : {1, 3, 4, 6, 13}) {
+          constexpr int64_t kChannels = 34;
+          const std::vector<uint8_t> codes = make_codes(draw, format, kChannels * k, kind);
+          const GuardedWeights weights(draw, format, kChannels, k, codes, {}, false, Edge::kEnd);
+          std::vector<float> x(static_cast<size_t>(m * k));
+          for (int64_t r = 0; r < m; ++r)
+            for (int64_t i = 0; i < k; ++i) {
+              const bool negative[] = {false, true, i % 2 == 0, i % 4 < 2, draw.one_in(2)};
+              x[static_cast<size_t>(r * k + i)] = negative[r % 5] ? -q : q;
+            }
+          // The scale of such a row is 1 where its largest value is the largest code.
+          if (activation == Activation::int16)
+            for (int64_t r = 0; r < m; ++r) x[static_cast<size_t>(r * k)] = 32639.0f;
+          check(describe(format, activation, m, kChannels, k, {}, false), x, m, weights.get(),
+                activation, Edge::kEnd, {1});
+        }
+  });
 }
 
 TEST_CASE("every float16 as a group scale and as a group zero") {

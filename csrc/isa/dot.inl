@@ -1,0 +1,143 @@
+// Dot products that accumulate in int32 at once, rows x panels in registers. Part of
+// microkernel.inl. The vocabulary that they ask for:
+//
+//   kChainSums              registers that a tile of few rows may spend on chains of sums
+//   kMaskInPlace            dot takes any byte as code, so a bit field need not be shifted down
+//   kTightSums              so many leave no register for constants, nor for weights from one bit
+//                           field to the next; 0: registers are plenty
+
+// The vectors of step s of NP panels; ahead of them, those of `fetch` panels from `ahead` on.
+template <int NP>
+LOWBIT_INLINE void load_panels(const uint8_t* w, ptrdiff_t stride, const uint8_t* ahead, int fetch,
+                               int64_t s, Reg (&x)[NP * kRegs]) {
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) if (p < fetch)
+      __builtin_prefetch(ahead + p * stride + s * kVectorBytes);
+  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+      x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
+}
+
+// The fewest rows of one of several tiles: more rows than kTallMr, shared evenly among tiles of
+// kMr.
+constexpr int kFewest = (kTallMr + 1) / ((kTallMr + kMr) / kMr);
+
+// So few rows wait for memory: they take one panel after the other, in the order of the memory.
+constexpr int kStreamRows = 2;
+
+template <class Op>
+void run_tile(const Tile& t) {
+  if (!t.tall && t.panels == kPanels)
+    return with_rows<kFewest, kMr>(
+        t.rows, [&](auto mr) { Op::template panels<decltype(mr)::value, kPanels>(t, 0); });
+  with_rows<1, kTallMr>(t.rows, [&](auto mr) {
+    constexpr int kRows = decltype(mr)::value;
+    int p = 0;
+    if constexpr (kRows > kStreamRows)
+      for (; p + kTallPanels <= t.panels; p += kTallPanels)
+        Op::template panels<kRows, kTallPanels>(t, p);
+    if constexpr (kRows <= kStreamRows || kTallPanels > 1)
+      for (; p < t.panels; ++p) Op::template panels<kRows, 1>(t, p);
+  });
+}
+
+// The sums of V registers of channels for MR rows, each in C chains: with few rows the latency of
+// `dot` asks for more of them than there are registers of output. Step u of every U adds its bit
+// field p to chain (u * P + p) % C. Where the ISA allows it, as many fields as there are chains
+// stay in place, and a chain's sum is shifted down at the end.
+template <int B, int S, int MR, int V, int C>
+struct Chains {
+  static constexpr int P = 8 / B, U = C > P ? C / P : 1;
+  static constexpr bool kInPlace = kMaskInPlace && B < 8 && C > 1;
+  static constexpr int kPlaces = C < P ? C : P;
+  static constexpr int kCodeBits = kInPlace ? 8 : B;
+  static constexpr bool kTight = kTightSums && C * MR * V >= kTightSums;
+
+  Reg sums[C][MR][V];
+
+  LOWBIT_INLINE Chains() { LOWBIT_UNROLL for (int c = 0; c < C; ++c) clear(sums[c]); }
+
+  template <int Step, int Field = 0, class Load>
+  LOWBIT_INLINE void add_step(const Reg (&x)[V], Load load_again, const int8_t* a,
+                              ptrdiff_t pitch) {
+    constexpr int c = (Step * P + Field) % C;
+    constexpr int kBit = kInPlace ? Field % kPlaces * B : S;
+    Reg u[V];
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] = unpack<B, Field, kBit, kTight>(x[v]);
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+      const Reg av = broadcast(a + r * pitch + 4 * Field);
+      LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[c][r][v] =
+          dot<kCodeBits>(sums[c][r][v], u[v], av);
+    }
+    if constexpr (Field + 1 < P && kTight) {
+      Reg y[V];
+      asm volatile("" ::: "memory");
+      load_again(y);
+      add_step<Step, Field + 1>(y, load_again, a, pitch);
+    } else if constexpr (Field + 1 < P) {
+      add_step<Step, Field + 1>(x, load_again, a, pitch);
+    }
+  }
+
+  template <int First = 0>
+  LOWBIT_INLINE Reg total(int r, int v) const {
+    Reg sum = sums[First][r][v];
+    if constexpr (kInPlace) sum = shift_left<S>(shift_right<B*(First % kPlaces)>(sum));
+    if constexpr (First + 1 < C) sum = add(sum, total<First + 1>(r, v));
+    return sum;
+  }
+};
+
+constexpr int power_of_two(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1; }
+
+template <int B, int S>
+struct Dot {
+  static void run(const Tile& t) { run_tile<Dot>(t); }
+
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs;
+    using Sums = Chains<B, S, MR, V, power_of_two(kChainSums / (MR * V))>;
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+      const int8_t* a = t.codes;
+      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
+      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      const int64_t end = first + steps;
+      const int fetch = t.fetch;
+      Sums sums;
+      const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
+        Reg x[V];
+        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        sums.template add_step<decltype(index)::value>(
+            x, [&](Reg(&y)[V]) { load_panels<NP>(w, stride, ahead, 0, s, y); }, a + s * (32 / B),
+            pitch);
+      };
+      int64_t s = first;
+      for (; s + Sums::U <= end; s += Sums::U) {
+        step(s, IntConstant<0>{});
+        if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
+        if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
+        if constexpr (Sums::U > 4) {
+          step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
+          step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+        }
+      }
+      if constexpr (Sums::U > 1)
+        for (; s < end; ++s) step(s, IntConstant<0>{});
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          out[r][v] = add(out[r][v], sums.total(r, v));
+    });
+  }
+};
+
+template <int B>
+double probe_dot(int64_t iterations) {
+  Reg acc[kChains], u = bytes(1), a = bytes(1);
+  opaque(u), opaque(a);
+  LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
+  for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
+      acc[i] = dot<B>(acc[i], u, a);
+      opaque(acc[i]);
+    }
+  return static_cast<double>(iterations) * kChains * kRegBytes;
+}
+
+constexpr int64_t room(int64_t) { return 0; }
