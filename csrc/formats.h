@@ -1,9 +1,8 @@
 // The weight formats, once. A weight is an unsigned code c of `bits` bits that means scale * (mul *
 // c + add).
 //
-// Every format is an affine map of an unsigned code, so one integer kernel per code width serves
-// them all: it sums code * activation, and the epilogue turns the sum into  mul * sum + add *
-// sum(activation).
+// Every format is an affine map of an unsigned code: a kernel made from its numbers sums mul * code
+// * activation from add * sum(activation) on.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kTallPanels* kPanel,
     room,
     {
-#define X(name, bits, mul, add) Dot<bits, mul == 2 ? 1 : 0>::run,
+#define X(name, bits, mul, add) Dot<bits, traits(Format::name).shift()>::run,
         LOWBIT_FORMATS(X)
 #undef X
     },
