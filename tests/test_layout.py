@@ -41,6 +41,11 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
+def test_csrc_holds_sources_alone():
+    kinds = {".cpp", ".h", ".inl", ".inc", ".md"}
+    assert [name(p) for p in CSRC.rglob("*") if p.is_file() and p.suffix not in kinds] == []
+
+
 @every_source
 def test_names_say_what_a_file_is(path):
     words = re.split(r"[^a-z0-9]+", name(path).lower())
