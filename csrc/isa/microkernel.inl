@@ -88,3 +88,4 @@ inline const uint8_t* ahead_of(const Tile& t, int panel) {
 
 #include "codes.inl"
 #include "depthwise.inl"
+#include "grouped.inl"
