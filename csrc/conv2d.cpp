@@ -115,7 +115,8 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
                         !weights.group_zero;
   static thread_local Scratch scratch, weights_scratch;
   Images images(kernel, g, activation, use_bits, tap_channels(weights.format, width),
-                Columns::wants_sums(g, weights, depth), scratch);
+                !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth),
+                scratch);
   const Layer layer(kernel, g, weights, depth, activation, images, weights_scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
 
