@@ -63,12 +63,15 @@ Activation activation_named(const std::string& name) {
 }
 
 Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Address packed,
-                     Address scale, Address group_scale, Address group_zero, Address bias) {
+                     Address scale, Address group_scale, Address group_zero, Address bias,
+                     int epilogue) {
   require(n >= 0 && k >= 0, "negative size");
   require(group_size >= 0 && group_size % 32 == 0, "group_size must be 0 or a multiple of 32");
   require((group_size != 0) == (group_scale != 0), "group_size and group_scale go together");
   require(group_zero == 0 || group_scale != 0, "group_zero needs group_scale");
   require(group_size == 0 || k > 0, "groups need a k above 0");
+  require(epilogue >= 0 && epilogue < kEpilogueCount,
+          "epilogue index " + std::to_string(epilogue) + " is out of range");
   require(n == 0 || (scale != 0 && (packed != 0 || k == 0)), "the address of the weights is 0");
   return {format_of(format),
           n,
@@ -78,14 +81,15 @@ Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Addre
           reinterpret_cast<const float*>(scale),
           reinterpret_cast<const uint16_t*>(group_scale),
           reinterpret_cast<const uint16_t*>(group_zero),
-          reinterpret_cast<const float*>(bias)};
+          reinterpret_cast<const float*>(bias),
+          static_cast<Epilogue>(epilogue)};
 }
 
 void call_linear(Address x, int64_t m, Address y, int format, int activation, int64_t n, int64_t k,
                  int64_t group_size, Address packed, Address scale, Address group_scale,
-                 Address group_zero, Address bias, int threads) {
-  const Weights w =
-      make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero, bias);
+                 Address group_zero, Address bias, int threads, int epilogue) {
+  const Weights w = make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero,
+                                 bias, epilogue);
   const Activation a = activation_of(activation);
   require(m >= 0 && threads >= 1, "m >= 0 and threads >= 1 are required");
   require((x != 0 || m * k == 0) && (y != 0 || m * n == 0), "the address of x or y is 0");
@@ -109,9 +113,10 @@ bool call_bind_torch(const py::object& tensor_type, const py::object& parameter_
 
 py::object direct_linear(const py::tuple& tensors, const py::dict& settings, int format,
                          int activation, int64_t n, int64_t k, int64_t group_size, Address packed,
-                         Address scale, Address group_scale, Address group_zero, Address bias) {
-  const Weights w =
-      make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero, bias);
+                         Address scale, Address group_scale, Address group_zero, Address bias,
+                         int epilogue) {
+  const Weights w = make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero,
+                                 bias, epilogue);
   return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), nullptr));
 }
 
@@ -153,10 +158,11 @@ Conv2dGeometry make_geometry(const std::vector<int64_t>& v, bool x_channels_last
 void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int format,
                  int activation, int64_t group_size, Address packed, Address scale,
                  Address group_scale, Address group_zero, Address bias, int threads,
-                 bool x_channels_last, bool y_channels_last) {
+                 bool x_channels_last, bool y_channels_last, int epilogue) {
   const Conv2dGeometry g = make_geometry(geometry, x_channels_last, y_channels_last);
-  const Weights w = make_weights(format, g.out_channels, conv2d_depth(format_of(format), g),
-                                 group_size, packed, scale, group_scale, group_zero, bias);
+  const Weights w =
+      make_weights(format, g.out_channels, conv2d_depth(format_of(format), g), group_size, packed,
+                   scale, group_scale, group_zero, bias, epilogue);
   const Activation a = activation_of(activation);
   require(threads >= 1, "threads >= 1 is required");
   require(x_channels_last || a != Activation::binary, "binary activations need x in NHWC");
@@ -172,12 +178,12 @@ py::object direct_conv2d(const py::tuple& tensors, const py::dict& settings,
                          const std::vector<int64_t>& geometry, int64_t pad_bottom,
                          int64_t pad_right, int format, int activation, int64_t group_size,
                          Address packed, Address scale, Address group_scale, Address group_zero,
-                         Address bias) {
+                         Address bias, int epilogue) {
   require(pad_bottom >= 0 && pad_right >= 0, "negative padding");
   const DirectConv2d c{make_geometry(geometry, true, true), pad_bottom, pad_right};
   const Weights w =
       make_weights(format, c.geometry.out_channels, conv2d_depth(format_of(format), c.geometry),
-                   group_size, packed, scale, group_scale, group_zero, bias);
+                   group_size, packed, scale, group_scale, group_zero, bias, epilogue);
   return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), &c));
 }
 
@@ -289,6 +295,9 @@ PYBIND11_MODULE(_core, m) {
   py::tuple activations(kActivationCount);
   for (int i = 0; i < kActivationCount; ++i) activations[static_cast<size_t>(i)] = kActivations[i];
   m.attr("ACTIVATIONS") = activations;
+  py::tuple epilogues(kEpilogueCount);
+  for (int i = 0; i < kEpilogueCount; ++i) epilogues[static_cast<size_t>(i)] = kEpilogues[i];
+  m.attr("EPILOGUES") = epilogues;
   m.attr("LAYOUT_VERSION") = kLayoutVersion;
 
   m.def("cpu_features", &features);
@@ -317,19 +326,19 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("linear", &call_linear, "x"_a, "m"_a, "y"_a, "format"_a, "activation"_a, "n"_a, "k"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
-        "threads"_a);
+        "threads"_a, "epilogue"_a = 0);
   m.def("conv2d", &call_conv2d, "x"_a, "y"_a, "geometry"_a, "format"_a, "activation"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
-        "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true);
+        "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true, "epilogue"_a = 0);
 
   m.def("bind_torch", &call_bind_torch, "tensor_type"_a, "parameter_type"_a, "float32"_a,
         "get_num_threads"_a, "questions"_a);
   m.def("direct_linear", &direct_linear, "tensors"_a, "settings"_a, "format"_a, "activation"_a,
         "n"_a, "k"_a, "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a,
-        "bias"_a);
+        "bias"_a, "epilogue"_a = 0);
   m.def("direct_conv2d", &direct_conv2d, "tensors"_a, "settings"_a, "geometry"_a, "pad_bottom"_a,
         "pad_right"_a, "format"_a, "activation"_a, "group_size"_a, "packed"_a, "scale"_a,
-        "group_scale"_a, "group_zero"_a, "bias"_a);
+        "group_scale"_a, "group_zero"_a, "bias"_a, "epilogue"_a = 0);
 
   m.def("fit_scales", &call_fit_scales, "x"_a, "mask"_a, "units"_a, "masks"_a, "length"_a,
         "scale"_a, "format"_a, "low"_a, "high"_a, "out"_a, "threads"_a);

@@ -80,9 +80,11 @@ class Layer {
     static thread_local Scratch scratch;
     const Conv2dGeometry& g = geometry_;
     if (depthwise_)
-      return depthwise(kernel_, g, weights_, depth_, *depthwise_, images_, image,
-                       first / g.out_width, (first + count) / g.out_width, y);
-    if (grouped_) return grouped_->run(images_, image, first, count, y, scratch);
+      depthwise(kernel_, g, weights_, depth_, *depthwise_, images_, image, first / g.out_width,
+                (first + count) / g.out_width, y);
+    if (grouped_) grouped_->run(images_, image, first, count, y, scratch);
+    if (depthwise_ || grouped_)
+      return kernel_.apply(weights_.epilogue, count, g.out_channels, y, g.out_channels);
     Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)

@@ -59,6 +59,13 @@ enum class Activation : int { int8, int16, binary };
 inline constexpr const char* kActivations[] = {"int8", "int16", "binary"};
 inline constexpr int kActivationCount = 3;
 
+// What is computed from a layer's outputs before they leave the cache, in single precision: y is 0
+// where 0 > y (so NaN and -0 stay), then 6 where y > 6 for relu6; hardswish is y * relu6(y + 3)
+// / 6.
+enum class Epilogue : int { none, relu, relu6, hardswish };
+inline constexpr const char* kEpilogues[] = {"none", "relu", "relu6", "hardswish"};
+inline constexpr int kEpilogueCount = 4;
+
 // An int16 activation is two int8 rows, 256 * hi + lo.
 constexpr int planes(Activation a) { return a == Activation::int16 ? 2 : 1; }
 

@@ -246,6 +246,7 @@ void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, cons
   for (int64_t c = begin; c < end;) {
     const int64_t count = block.set_channels(c, end);
     for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y, y_pitch);
+    kernel.apply(weights.epilogue, rows.count, count, y + c, y_pitch);
     c += count;
   }
 }

@@ -48,8 +48,8 @@ struct Rows {
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
 };
 
-// y[r][c] for all rows and the channels [begin, end) of `weights`; begin is a multiple of
-// kernel.nr.
+// y[r][c] for all rows and the channels [begin, end) of `weights`, its epilogue applied; begin is a
+// multiple of kernel.nr.
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch);
 

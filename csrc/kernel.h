@@ -146,6 +146,7 @@ struct Kernel {
   // y[r][c] = fma(f[r][c], row_scale[r] * scale[c], bias[c]) for c < cols; bias null: 0
   void (*finish)(int rows, int cols, const float* f, const float* row_scale, const float* scale,
                  const float* bias, float* y, ptrdiff_t y_pitch);
+  void (*apply)(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch);
   // y[c * y_pitch + r] = x[r * cols + c]: a block of pixels to channels first
   void (*transpose)(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch);
   // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are

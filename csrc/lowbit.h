@@ -23,6 +23,7 @@ struct Weights {
   const uint16_t* group_scale;  // float16 [n, ceil(k / group_size)], or null without groups
   const uint16_t* group_zero;   // float16, same shape, or null
   const float* bias;            // [n] or null
+  Epilogue epilogue = Epilogue::none;
 };
 
 // y [m, n] = x [m, k] * weights. Scale of the activations: one a row.

@@ -64,6 +64,13 @@ int weight(const FormatTraits& f, const uint8_t* packed, int64_t steps, int64_t 
   return f.mul * code + f.add;
 }
 
+float epilogue(Epilogue kind, float y) {
+  if (kind == Epilogue::none || std::isnan(y)) return y;
+  if (kind == Epilogue::hardswish) return y * std::min(std::max(y + 3.0f, 0.0f), 6.0f) / 6.0f;
+  if (y < 0.0f) return 0.0f;
+  return kind == Epilogue::relu6 && y > 6.0f ? 6.0f : y;
+}
+
 // One output: channel n of the weights (in_panel: its number in `packed`) times the codes a(k).
 template <class Codes>
 float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t n, float scale,
@@ -88,7 +95,7 @@ float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t 
       total =
           std::fma(from_half(w.group_zero[n * groups + g]), static_cast<float>(activations), total);
   }
-  return std::fma(total, scale * w.scale[n], w.bias ? w.bias[n] : 0.0f);
+  return epilogue(w.epilogue, std::fma(total, scale * w.scale[n], w.bias ? w.bias[n] : 0.0f));
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ class _Isa(TypedDict):
 
 FORMATS: dict[str, tuple[int, int, int]]  # name -> bits, mul, add
 ACTIVATIONS: tuple[str, ...]
+EPILOGUES: tuple[str, ...]  # the first is "none"
 LAYOUT_VERSION: int
 
 def cpu_features() -> dict[str, bool]: ...
@@ -35,7 +36,8 @@ def padding_is_zero(packed: NDArray[np.uint8], format: str, n: int, k: int) -> b
 def tap_channels(format: str, channels_per_group: int) -> int: ...
 def conv2d_blocks(out_channels: int, groups: int) -> int: ...
 
-# x float32 [m, k], y float32 [m, n]; format and activation are indices in FORMATS and ACTIVATIONS
+# x float32 [m, k], y float32 [m, n]; format, activation and epilogue are indices in
+# FORMATS, ACTIVATIONS and EPILOGUES
 def linear(
     x: int,
     m: int,
@@ -51,6 +53,7 @@ def linear(
     group_zero: int,
     bias: int,
     threads: int,
+    epilogue: int = ...,
 ) -> None: ...
 
 # x and y float32 NHWC; geometry = batch, height, width, channels, out_channels, out_height,
@@ -71,6 +74,7 @@ def conv2d(
     threads: int,
     x_channels_last: bool = ...,
     y_channels_last: bool = ...,
+    epilogue: int = ...,
 ) -> None: ...
 
 # A layer's prepared call (lowbit.direct): the output, or None where it declines.
@@ -99,6 +103,7 @@ def direct_linear(
     group_scale: int,
     group_zero: int,
     bias: int,
+    epilogue: int = ...,
 ) -> Direct: ...
 def direct_conv2d(
     tensors: tuple[Tensor | None, ...],
@@ -114,6 +119,7 @@ def direct_conv2d(
     group_scale: int,
     group_zero: int,
     bias: int,
+    epilogue: int = ...,
 ) -> Direct: ...
 def fit_scales(
     x: int,

@@ -6,6 +6,7 @@ The metadata has one entry of ours, "lowbit", a JSON object:
     lowbit_version  of the package that wrote the file, for error messages
     layers          name of each converted layer -> its class and its scheme
     aliases         names in the state dict whose tensor is stored under another name
+    epilogues       name of a layer that ends with an activation -> its epilogue; may be missing
     account         what `lowbit.summary` shows beside the tensors: float classes, reasons
 
 Nothing in a file is imported, called or unpickled, and every type is checked.
@@ -69,6 +70,7 @@ class File:
         tensors: by name in the state dict; aliases are the same object.
         layers: name of a converted layer -> its class and its scheme.
         aliases: name -> the name under which its tensor is stored.
+        epilogues: name of a lowbit layer -> its epilogue, where it has one.
         account: name of a module -> its entry for `lowbit.summary`, without the scheme.
     """
 
@@ -76,6 +78,7 @@ class File:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, tuple[str, Scheme]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    epilogues: dict[str, str] = field(default_factory=dict)
     account: dict[str, Entry] = field(default_factory=dict)
 
     def error(self, message: str) -> FileFormatError:
@@ -182,6 +185,7 @@ def _description(file: File, lowbit_version: str) -> dict[str, Any]:
             for name, (class_name, scheme) in file.layers.items()
         },
         "aliases": file.aliases,
+        "epilogues": file.epilogues,
         "account": {
             name: {
                 "kind": entry.kind,
@@ -214,6 +218,10 @@ def _parse(path: str, text: str) -> File:
         file.aliases = {str(key): str(value) for key, value in dict(header["aliases"]).items()}
         for name, item in dict(header["layers"]).items():
             file.layers[name] = str(item["class"]), Scheme.parse(dict(item["scheme"]))
+        for name, epilogue in dict(header.get("epilogues", {})).items():
+            if epilogue not in _core.EPILOGUES:
+                raise ValueError(f"epilogue {epilogue!r}")
+            file.epilogues[name] = epilogue
         for name, item in dict(header["account"]).items():
             file.account[name] = Entry(
                 kind=_printable(item["kind"]),

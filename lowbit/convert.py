@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from lowbit import rules
 from lowbit.fuse import identity
-from lowbit.plan import Filter, Job, Overrides, SchemeLike, make_plan
+from lowbit.nn.base import QuantizedLayer
+from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
 from lowbit.rules import register_converter
 
@@ -53,7 +54,10 @@ def quantize(
         filter_fn: `filter_fn(module, name)`; only layers for which it returns True convert.
         fuse: whether to fold batch norms into the layers that convert, as `lowbit.fuse` does:
             exact but for rounding, and the float pass over the layer's output is gone. The account
-            has a row for each, folded or with the reason why not. Norms in training mode stay.
+            has a row for each, folded or with the reason why not. Norms in training mode stay. An
+            `nn.ReLU`, `nn.ReLU6` or `nn.Hardswish` that torch.fx shows to take nothing but the
+            outputs of converted layers, which go nowhere else, is computed by these layers (their
+            attribute `epilogue`), with the same bits; an `nn.Identity` takes its place.
 
     Returns:
         The copy. Where `model` is itself a layer, the lowbit layer.
@@ -75,6 +79,10 @@ def quantize(
             plan.entries.append((job.module, job.entry()))
             if job.fold is not None:
                 memo[id(job.fold.norm)] = identity(job.fold.norm)
+    for job in plan.jobs:
+        _set_epilogue(memo[id(job.module)], job)
+    for module in plan.absorbed:
+        memo[id(module)] = identity(module)
     result: nn.Module = copy.deepcopy(model, memo)
     for job in plan.jobs:
         # After the model: a hook may be a method of a module, which then has its copy already.
@@ -83,7 +91,7 @@ def quantize(
     for module, entry in plan.entries:
         if id(module) in memo:
             set_entry(memo[id(module)], entry)
-    _check_all_in(result, plan.jobs, memo)
+    _check_all_in(result, plan, memo)
     run_converted_encoder_layers(result)
     _warn_if_nothing_converted(result)
     return result
@@ -137,6 +145,13 @@ def quantize_(
             for parent, key in slots[id(norm)]:
                 parent._modules[key] = identities[id(norm)]
         job.module, job.fold = layer, None  # drops the last reference to the float layer
+    # At the end: an error before has left activations and layers that do not compute them.
+    for job in plan.jobs:
+        _set_epilogue(job.module, job)
+    for activation in plan.absorbed:
+        identities[id(activation)] = identity(activation)
+        for parent, key in slots[id(activation)]:
+            parent._modules[key] = identities[id(activation)]
     for module, entry in plan.entries:
         set_entry(identities.get(id(module), module), entry)
     run_converted_encoder_layers(model)
@@ -182,11 +197,18 @@ def name_layer(layer: nn.Module, name: str) -> None:
         object.__setattr__(module, "_fqn", name)
 
 
-def _check_all_in(result: nn.Module, jobs: list[Job], memo: dict[int, Any]) -> None:
+def _set_epilogue(layer: nn.Module, job: Job) -> None:
+    if job.epilogue != "none":
+        assert isinstance(layer, QuantizedLayer)
+        layer.epilogue = job.epilogue
+
+
+def _check_all_in(result: nn.Module, plan: Plan, memo: dict[int, Any]) -> None:
     """Classes may define how they are copied, and leave the lowbit layers out."""
     present = {id(module) for module in result.modules()}
-    for job in jobs:
+    for job in plan.jobs:
         replaced = [job.module, *([] if job.fold is None else [job.fold.norm])]
+        replaced += [] if job.epilogue == "none" else plan.absorbed
         if not {id(memo[id(module)]) for module in replaced} <= present:
             raise ValueError(
                 f"layer '{job.name}' did not get into the copy: a module above it has a "

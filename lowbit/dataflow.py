@@ -1,4 +1,4 @@
-"""Which layer's output a batch norm normalises, as torch.fx sees it.
+"""Which layer's output a batch norm or an activation takes, as torch.fx sees it.
 
 The model is traced whole if that is possible. Otherwise its modules are, each as far up as its
 forward can be traced, the ones that cannot being opaque to those above them: a `nn.Sequential`
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ _METADATA_METHODS = ("size", "dim")
 
 
 class NotFolded(ValueError):
-    """Why a batch norm stays."""
+    """Why a batch norm or an activation stays."""
 
 
 class Flow:
@@ -40,6 +40,7 @@ class Flow:
         self._calls: dict[int, list[fx.Node]] = {}
         self._modules: dict[fx.Node, nn.Module] = {}
         self._read: set[int] = set()
+        self._opaque: set[int] = set()
         self.failures: dict[int, str] = {}
         # Parameters are shared: they are not run on. Buffers might be counters.
         memo: dict[int, Any] = {id(p): p for p in model.parameters()}
@@ -58,6 +59,11 @@ class Flow:
         for key, why in search.failures.items():
             if key in originals:
                 self.failures[id(originals[key])] = why
+        self._opaque = {id(originals[key]) for key in search.opaque if key in originals}
+
+    def sees(self, module: nn.Module) -> bool:
+        """Whether all that this module's forward calls is known."""
+        return id(module) not in self._opaque and not _is_leaf(module)
 
     def input_of(self, norm: nn.Module) -> nn.Module:
         """The layer whose every output goes to this norm alone, and which alone feeds it.
@@ -80,11 +86,41 @@ class Flow:
             raise NotFolded("its tensors, or those of the layer before it, are used directly")
         return layer
 
-    def _feeding_layer(self, call: fx.Node) -> nn.Module:
+    def layers_before(self, activation: nn.Module, passed: set[int]) -> list[nn.Module]:
+        """The layers whose every output goes to this activation alone, and which alone feed it.
+
+        Args:
+            passed: ids of modules between them that will do nothing.
+
+        Raises:
+            NotFolded: something else feeds it, or sees what feeds it.
+        """
+        calls = self._calls.get(id(activation), [])
+        if not calls:
+            raise NotFolded("no traced forward calls it")
+        layers = {id(layer): layer for layer in (self._feeding_layer(c, passed) for c in calls)}
+        for layer in layers.values():
+            if not all(self._ends_in(node, activation, passed) for node in self._calls[id(layer)]):
+                raise NotFolded("the output of the layer before it is used elsewhere, too")
+        return list(layers.values())
+
+    def _ends_in(self, node: fx.Node, activation: nn.Module, passed: set[int]) -> bool:
+        """Whether nothing but the activation sees the values of a node."""
+        for user in node.users:
+            module = self._modules.get(user)
+            if module is activation or _is_metadata(user):
+                continue
+            if id(module) not in passed or not self._ends_in(user, activation, passed):
+                return False
+        return True
+
+    def _feeding_layer(self, call: fx.Node, passed: Collection[int] = ()) -> nn.Module:
         if len(call.all_input_nodes) != 1 or len(call.args) + len(call.kwargs) != 1:
             raise NotFolded("it is called with more than one argument")
         (before,) = call.all_input_nodes
         layer = self._modules.get(before)
+        if layer is not None and id(layer) in passed:
+            return self._feeding_layer(before, passed)
         if layer is None or not isinstance(layer, FLOAT_CLASSES):
             name = _what(before) if layer is None else type(layer).__name__
             raise NotFolded(f"what comes before it is no layer that it can be folded into ({name})")

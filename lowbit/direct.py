@@ -27,11 +27,15 @@ _bound = hasattr(torch._C, "_dlpack_exchange_api") and _core.bind_torch(
 _MOST = 1 << 24  # beyond any image: no sum of sizes can overflow
 
 
-def prepare_linear(w: PackedWeight) -> _core.Direct | None:
-    """The prepared call of a Linear with these operands, if there is one."""
+def prepare_linear(w: PackedWeight, settings: Mapping[str, Any]) -> _core.Direct | None:
+    """The prepared call of a Linear with these operands, if there is one.
+
+    Args:
+        settings: as for `prepare_conv2d`.
+    """
     if not _can_prepare(w):
         return None
-    return _core.direct_linear(w.tensors, {}, *w.operands)
+    return _core.direct_linear(w.tensors, dict(settings), *w.operands, w.epilogue)
 
 
 def prepare_conv2d(
@@ -60,7 +64,9 @@ def prepare_conv2d(
     top, left, bottom, right = padding
     sizes = (0, 0, 0, w.channels, w.out_features, 0, 0)
     geometry = (*sizes, *w.kernel_size, *stride, top, left, *dilation, w.groups)
-    return _core.direct_conv2d(w.tensors, dict(settings), geometry, bottom, right, *w.operands)
+    return _core.direct_conv2d(  # type: ignore[call-arg]
+        w.tensors, dict(settings), geometry, bottom, right, *w.operands, w.epilogue
+    )
 
 
 def _can_prepare(w: PackedWeight) -> bool:

@@ -104,13 +104,20 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     return result
 
 
-def identity(norm: nn.Module) -> nn.Module:
-    """What takes the place of a norm that is folded into the layer before it."""
-    return nn.Identity().train(norm.training)
+def identity(module: nn.Module) -> nn.Module:
+    """What takes the place of a norm or an activation that the layer before it computes."""
+    return nn.Identity().train(module.training)
 
 
-def find_folds(model: nn.Module) -> tuple[list[Fold], list[tuple[nn.Module, str]]]:
-    """The batch norms of a model that can be folded, and the others with the reason why not."""
+def find_folds(
+    model: nn.Module, flow: Flow | None = None
+) -> tuple[list[Fold], list[tuple[nn.Module, str]]]:
+    """The batch norms of a model that can be folded, and the others with the reason why not.
+
+    Args:
+        model: the float model.
+        flow: of the model, if it is known already.
+    """
     norms: dict[int, tuple[nn.Module, str]] = {}
     names: dict[int, str] = {}
     parents: dict[int, nn.Module | None] = {}
@@ -121,7 +128,7 @@ def find_folds(model: nn.Module) -> tuple[list[Fold], list[tuple[nn.Module, str]
             norms.setdefault(id(module), (module, name))
     if not norms:
         return [], []
-    flow = Flow(model)
+    flow = flow or Flow(model)
     folds, kept = [], []
     for norm, name in norms.values():
         found = _find_layer(norm, name, flow, model, parents)

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -34,13 +35,13 @@ _float32, _get_num_threads = torch.float32, torch.get_num_threads
 _LINEAR = (
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_group_scale, "
     "Tensor? weight_group_zero, Tensor? bias, str weight_format, str activation, "
-    "int in_features, int out_features, int group_size) -> Tensor"
+    "int in_features, int out_features, int group_size, str epilogue='none') -> Tensor"
 )
 _CONV2D = (
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_group_scale, "
     "Tensor? weight_group_zero, Tensor? bias, str weight_format, str activation, "
     "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
-    "int[4] padding, int[2] dilation, int groups) -> Tensor"
+    "int[4] padding, int[2] dilation, int groups, str epilogue='none') -> Tensor"
 )
 
 
@@ -51,9 +52,14 @@ _CONV_TRANSPOSE2D = (
     "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups) -> Tensor"
 )
 
+# Of a bias alone, by the index of the epilogue; all other outputs are the kernels'.
+_EPILOGUES = (torch.clone, F.relu, F.relu6, F.hardswish)
+
 
 def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
     """y = x W^T + bias in the numerics of the formats; x [..., K], plain, strided, on the CPU.
+
+    What follows by the weight's epilogue is applied to float32 outputs.
 
     Returns:
         [..., N], contiguous, in x's dtype.
@@ -72,12 +78,12 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
         if w.depth:
             m = size // w.out_features
             _core.linear(  # type: ignore[call-arg]  # mypy takes the star for all the rest
-                x.data_ptr(), m, y.data_ptr(), *w.operands, _get_num_threads()
+                x.data_ptr(), m, y.data_ptr(), *w.operands, _get_num_threads(), w.epilogue
             )
         elif w.bias is not None:
-            y.copy_(w.bias)
+            y.copy_(_EPILOGUES[w.epilogue](w.bias))
         else:
-            y.zero_()
+            y.zero_()  # any epilogue of 0 is 0
     return y if dtype is _float32 else y.to(dtype)
 
 
@@ -89,7 +95,7 @@ def conv2d_direct(
     dilation: tuple[int, int],
     channels_last: bool | None = None,
 ) -> Tensor:
-    """Convolution of x [N, C, H, W], plain, strided, on the CPU.
+    """Convolution of x [N, C, H, W], plain, strided, on the CPU; then the weight's epilogue.
 
     Args:
         padding: top, left, bottom, right; the padding contributes nothing.
@@ -124,6 +130,7 @@ def conv2d_direct(
             _get_num_threads(),
             not nchw,
             channels_last,
+            w.epilogue,
         )
     return y if dtype is _float32 else y.to(dtype)
 
@@ -210,12 +217,18 @@ def _linear(
     in_features: int,
     out_features: int,
     group_size: int,
+    epilogue: str = "none",
 ) -> Tensor:
     owner = "lowbit::linear"
     tensors = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
     _plain_input(x, owner)
     w = linear_weight(
-        tensors, (weight_format, activation), group_size, (in_features, out_features), owner
+        tensors,
+        (weight_format, activation),
+        group_size,
+        (in_features, out_features),
+        owner,
+        epilogue,
     )
     return linear_direct(x, w)
 
@@ -232,6 +245,7 @@ def _linear_fake(
     in_features: int,
     out_features: int,
     group_size: int,
+    epilogue: str = "none",
 ) -> Tensor:
     check_tensor(x, "lowbit::linear")
     check_features(x.shape, in_features, "lowbit::linear")
@@ -255,12 +269,13 @@ def _conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    epilogue: str = "none",
 ) -> Tensor:
     owner = "lowbit::conv2d"
     tensors = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
     _plain_input(x, owner)
     sizes = (in_channels, out_channels, (kernel_size[0], kernel_size[1]), groups)
-    w = conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner)
+    w = conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner, epilogue)
     pads = (padding[0], padding[1], padding[2], padding[3])
     return conv2d_direct(x, w, (stride[0], stride[1]), pads, (dilation[0], dilation[1]))
 
@@ -282,6 +297,7 @@ def _conv2d_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    epilogue: str = "none",
 ) -> Tensor:
     owner = "lowbit::conv2d"
     check_tensor(x, owner)

@@ -32,6 +32,7 @@ class PackedWeight:
         activation: format of the activations.
         kernel_size: of a convolution.
         groups: of a convolution.
+        epilogue: index in `_core.EPILOGUES`: what is computed from the outputs.
     """
 
     tensors: Tensors
@@ -43,6 +44,7 @@ class PackedWeight:
     activation: str
     kernel_size: tuple[int, int] = (1, 1)
     groups: int = 1
+    epilogue: int = 0
 
     @property
     def bias(self) -> Tensor | None:
@@ -117,6 +119,7 @@ def linear_weight(
     group_size: int,
     sizes: tuple[int, int],
     owner: str,
+    epilogue: str = "none",
 ) -> PackedWeight:
     """Checks the operands of a Linear, so that no wrong one can make a kernel read elsewhere.
 
@@ -126,9 +129,11 @@ def linear_weight(
         group_size: 0 for one scale per channel.
         sizes: in_features, out_features.
         owner: name for error messages.
+        epilogue: one of `_core.EPILOGUES`.
 
     Raises:
-        ValueError: an unknown format or group size, or a tensor of another shape, dtype or layout.
+        ValueError: an unknown format, epilogue or group size, or a tensor of another shape, dtype
+            or layout.
         RuntimeError: a tensor that is not on the CPU.
     """
     channels, out_features = sizes
@@ -136,7 +141,16 @@ def linear_weight(
     layout = (1, out_features, channels)
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, out_features, channels, group_size, *addresses)
-    return PackedWeight(tensors, operands, channels, out_features, channels, owner, formats[1])
+    return PackedWeight(
+        tensors,
+        operands,
+        channels,
+        out_features,
+        channels,
+        owner,
+        formats[1],
+        epilogue=_epilogue_index(epilogue, owner),
+    )
 
 
 def conv2d_weight(
@@ -145,6 +159,7 @@ def conv2d_weight(
     group_size: int,
     sizes: tuple[int, int, tuple[int, int], int],
     owner: str,
+    epilogue: str = "none",
 ) -> PackedWeight:
     """Checks the operands of a Conv2d; as `linear_weight`.
 
@@ -157,7 +172,16 @@ def conv2d_weight(
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, group_size, *addresses)
     return PackedWeight(
-        tensors, operands, channels, out_channels, layout[2], owner, formats[1], kernel_size, groups
+        tensors,
+        operands,
+        channels,
+        out_channels,
+        layout[2],
+        owner,
+        formats[1],
+        kernel_size,
+        groups,
+        _epilogue_index(epilogue, owner),
     )
 
 
@@ -171,6 +195,14 @@ def _check_formats(formats: tuple[str, str], group_size: int, owner: str) -> tup
     if group_size < 0 or group_size % 32:
         raise ValueError(f"{owner}: group_size {group_size} must be a multiple of 32, or 0")
     return FORMATS[weight].index, _core.ACTIVATIONS.index(activation)
+
+
+def _epilogue_index(epilogue: str, owner: str) -> int:
+    if epilogue not in _core.EPILOGUES:
+        raise ValueError(
+            f"{owner}: unknown epilogue {epilogue!r}; use one of: {', '.join(_core.EPILOGUES)}"
+        )
+    return _core.EPILOGUES.index(epilogue)
 
 
 def _check_tensors(

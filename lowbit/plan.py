@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit import rules
+from lowbit.dataflow import Flow
+from lowbit.epilogues import ACTIVATIONS, find_absorbed
 from lowbit.fuse import Fold, find_folds, folded_layer, norm_entry
 from lowbit.report import (
     Entry,
@@ -52,6 +55,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     folded: str = ""
     fold: Fold | None = None
+    epilogue: str = "none"
 
     def entry(self) -> Entry:
         note = "; ".join(self.notes)
@@ -64,9 +68,10 @@ class Job:
 
 @dataclass
 class Plan:
-    """Layers to convert, and the entries to leave on modules."""
+    """Layers to convert, activations that they compute, and the entries to leave on modules."""
 
     jobs: list[Job] = field(default_factory=list)
+    absorbed: list[nn.Module] = field(default_factory=list)
     entries: list[tuple[nn.Module, Entry]] = field(default_factory=list)
 
     def keep(self, job: Job) -> None:
@@ -131,15 +136,18 @@ def make_plan(
     for job in plan.jobs:
         _check_finite(job)
         _note_ties(job, owners, converted)
-    if fuse and plan.jobs:
-        _plan_folds(plan, model, counted)
+    kinds = (_BatchNorm, *ACTIVATIONS)
+    if fuse and plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
+        flow = Flow(model)
+        _plan_folds(plan, model, flow, counted)
+        _plan_epilogues(plan, model, flow)
     return plan
 
 
-def _plan_folds(plan: Plan, model: nn.Module, counted: set[tuple[int, ...]]) -> None:
+def _plan_folds(plan: Plan, model: nn.Module, flow: Flow, counted: set[tuple[int, ...]]) -> None:
     """Fold batch norms into the layers that convert, and account for all others."""
     jobs = {id(job.module): job for job in plan.jobs}
-    folds, kept = find_folds(model)
+    folds, kept = find_folds(model, flow)
     for fold in folds:
         size = count_bytes(own_tensors(fold.norm), counted)
         job = jobs.get(id(fold.layer))
@@ -152,6 +160,25 @@ def _plan_folds(plan: Plan, model: nn.Module, counted: set[tuple[int, ...]]) -> 
     for norm, note in kept:
         size = count_bytes(own_tensors(norm), counted)
         plan.entries.append((norm, norm_entry(norm, size, note)))
+
+
+def _plan_epilogues(plan: Plan, model: nn.Module, flow: Flow) -> None:
+    """Let the layers that convert compute the activations behind them."""
+    jobs = {
+        id(job.module): job
+        for job in plan.jobs
+        if rules.is_builtin(job.converter)
+        and not isinstance(job.module, nn.ConvTranspose2d)  # its outputs are put together
+        and not rules.hook_count(job.module)
+    }
+    norms = {id(job.fold.norm) for job in plan.jobs if job.fold is not None}
+    names = {key: job.name for key, job in jobs.items()}
+    for absorbed in find_absorbed(model, flow, names, norms):
+        for layer, _ in absorbed.layers:
+            jobs[id(layer)].epilogue = absorbed.epilogue
+            jobs[id(layer)].notes.append(absorbed.layer_note)
+        plan.absorbed.append(absorbed.module)
+        plan.entries.append((absorbed.module, absorbed.entry()))
 
 
 class _Chooser:

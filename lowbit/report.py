@@ -37,8 +37,8 @@ class Entry:
     """What the conversion knew of a module: kept in the module's attribute, read by `summary`.
 
     `scheme` is None for a module that stayed float. `folded` tells which batch norm is folded into
-    this layer, or into which layer this batch norm was. `bytes_before` counts a tensor that several
-    modules share once, at the first of them.
+    this layer, into which layer this batch norm was, or which ones compute this activation.
+    `bytes_before` counts a tensor that several modules share once, at the first of them.
     """
 
     kind: str
@@ -265,8 +265,12 @@ def holds_weights(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a batch norm that was to be folded, or the place of one that was."""
-    return isinstance(module, (_BatchNorm, nn.Identity)) and entry_of(module) is not None
+    """Whether this is a batch norm that was to be folded, or the place of one that was.
+
+    The place of an activation, whose entry has no shape, is none: the layer's row tells of it.
+    """
+    entry = entry_of(module)
+    return isinstance(module, (_BatchNorm, nn.Identity)) and entry is not None and entry.shape != ()
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from lowbit.convert import (
     name_layer,
     run_converted_encoder_layers,
 )
+from lowbit.epilogues import ACTIVATIONS
 from lowbit.fuse import identity, out_channels
 from lowbit.nn import LAYERS
 from lowbit.nn.base import QuantizedLayer
@@ -72,6 +73,9 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
             file.account[name] = entry
         if is_converted(module):
             file.layers[name] = type(module).__name__, _scheme_of(module)
+            for inner, layer in _packed_layers(name, module):
+                if layer.epilogue != "none":
+                    file.epilogues[inner] = layer.epilogue
     write_file(file, _package_version())
 
 
@@ -79,9 +83,9 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a file of `save_file` into a model of the same architecture.
 
     The layers that are converted in the file are replaced by lowbit layers, batch norms that are
-    folded in the file by `nn.Identity`, and all tensors by those of the file. They are mapped, not
-    read: weights are in memory once, on demand, and shared with every other process that maps the
-    file. The model's own weights are not read and may be on the meta device.
+    folded in the file and activations that layers compute there by `nn.Identity`, and all tensors
+    by those of the file. They are mapped, not read: weights are in memory once, on demand, and
+    shared with every other process that maps the file. The model's own weights are not read and may be on the meta device.
 
     Args:
         model: the float model, built as it was before its conversion, or a converted one with the
@@ -105,6 +109,7 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         replaced = {id(modules[name]): layer for name, layer in layers.items()}
         _check_fit(file, _expected(model, replaced, file))
         _check_codes(file, layers)
+        _check_epilogues(file, modules, layers)
         ties = _tied_parameters(model, file)
     # From here on the model changes.
     for name, layer in reversed(layers.items()):  # the first of several names is the one to keep
@@ -113,6 +118,8 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             for parent, key in slots.get(id(modules[name]), []):
                 parent._modules[key] = layer
         name_layer(layer, name)
+        for inner, part in _packed_layers(name, layer):
+            part.epilogue = file.epilogues.get(inner, "none")
     model = replaced.get(id(model), model)
     try:
         model.load_state_dict(file.tensors, strict=True, assign=True)
@@ -228,14 +235,14 @@ def _empty_layer(
 
 @contextlib.contextmanager
 def _folded_norms(model: nn.Module, file: File) -> Iterator[None]:
-    """Batch norms that the file has in their layers are taken out; put back if something fails."""
+    """Norms and activations that the file has in layers are taken out; back if something fails."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     slots = child_slots(model)
     for name, module, _ in list(walk(model, is_unit)):
         entry = file.account.get(name)
         if entry is None or not entry.folded:
             continue
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, (_BatchNorm, *ACTIVATIONS)):
             place = identity(module)
             for parent, key in slots.get(id(module), []):
                 undo.append((parent._modules, key, module))
@@ -336,12 +343,36 @@ def _tied_parameters(model: nn.Module, file: File) -> list[tuple[nn.Module, str,
 def _check_codes(file: File, layers: Mapping[str, nn.Module]) -> None:
     """What the layers themselves check when they load, before the model is changed."""
     for name, layer in layers.items():
-        for inner, part in layer.named_modules(prefix=name):
-            if isinstance(part, QuantizedLayer):
-                prefix = f"{inner}." if inner else ""
-                problems = state_problems(file.tensors, prefix, part._layout(), part.scheme)
-                if problems:
-                    raise file.error(f"layer '{inner}': {'; '.join(problems)}")
+        for inner, part in _packed_layers(name, layer):
+            prefix = f"{inner}." if inner else ""
+            problems = state_problems(file.tensors, prefix, part._layout(), part.scheme)
+            if problems:
+                raise file.error(f"layer '{inner}': {'; '.join(problems)}")
+
+
+def _check_epilogues(
+    file: File, modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]
+) -> None:
+    """Whether the file's epilogues are of its layers, and those of a converted model the same."""
+    left = set(file.epilogues)
+    for name, layer in layers.items():
+        for inner, part in _packed_layers(name, layer):
+            left.discard(inner)
+            ours, theirs = part.epilogue, file.epilogues.get(inner, "none")
+            if layer is modules[name] and ours != theirs:
+                raise file.error(
+                    f"layer '{inner}' has the epilogue '{theirs}', but '{ours}' in the model to "
+                    "load into: pass the float model"
+                )
+    if left:
+        raise file.error(f"damaged: epilogues of what is no layer: {_list(sorted(left))}")
+
+
+def _packed_layers(name: str, module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The packed layers of a converted module that has this name, with theirs."""
+    for inner, part in module.named_modules(prefix=name):
+        if isinstance(part, QuantizedLayer):
+            yield inner, part
 
 
 def _restore_account(model: nn.Module, file: File) -> None:

@@ -146,6 +146,29 @@ void finish(int rows, int cols, const float* f, const float* row_scale, const fl
   }
 }
 
+template <class Call>
+inline void apply_each(int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch, Call call) {
+  if (y_pitch == cols) cols *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, y += y_pitch)
+    for (int64_t c = 0; c < cols; ++c) y[c] = call(y[c]);
+}
+
+void apply(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch) {
+  const auto relu = [](float v) { return 0.0f > v ? 0.0f : v; };
+  const auto relu6 = [relu](float v) { return relu(v) > 6.0f ? 6.0f : relu(v); };
+  switch (epilogue) {
+    case Epilogue::none:
+      return;
+    case Epilogue::relu:
+      return apply_each(rows, cols, y, y_pitch, relu);
+    case Epilogue::relu6:
+      return apply_each(rows, cols, y, y_pitch, relu6);
+    case Epilogue::hardswish:
+      return apply_each(rows, cols, y, y_pitch,
+                        [relu6](float v) { return v * relu6(v + 3.0f) / 6.0f; });
+  }
+}
+
 using Floats = float __attribute__((vector_size(kLanes * 4)));
 
 // In squares, in registers; the last ones of an edge overlap those before.

@@ -40,6 +40,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     narrow,
     madd,
     finish,
+    apply,
     transpose,
     expand_groups,
     fit,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from lowbit import _core
 from lowbit.formats import FORMATS
 from lowbit.inputs import check_tensor, runs_directly
-from lowbit.nn.floats import autocast
+from lowbit.nn.floats import FLOAT_EPILOGUES, autocast
 from lowbit.nn.loading import format_version, state_problems
 from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
-
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
 # torch.compile takes it for True.
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -117,9 +115,14 @@ class QuantizedLayer(LowbitLayer):
     Attributes:
         weight_dtype: dtype of the float layer's weight: of `weight` and of `dequantize()`. Moves
             to another dtype change this alone; the buffers keep theirs.
+        epilogue: what the layer computes from its float32 outputs, bias included: "none", "relu",
+            "relu6" or "hardswish", with the bits of torch's float32 functions. Converting sets it
+            where one of these follows the layer; it may be set at any time, and is no part of the
+            state dict.
     """
 
     weight_dtype: torch.dtype
+    epilogue: str = "none"
     weight_packed: Tensor
     weight_scale: Tensor
     weight_group_scale: Tensor | None
@@ -141,6 +144,7 @@ class QuantizedLayer(LowbitLayer):
     ) -> None:
         """Buffers of a weight that is zero: scales 0."""
         self.scheme = scheme
+        self.epilogue = "none"
         self.weight_dtype = dtype or torch.get_default_dtype()
         if not self.weight_dtype.is_floating_point:
             raise ValueError(f"{self.label}: dtype {dtype} is no floating-point dtype")
@@ -191,12 +195,22 @@ class QuantizedLayer(LowbitLayer):
             weight = weight.to(device=self.weight_packed.device, dtype=self.weight_dtype)
             return weight.as_subclass(DequantizedWeight)
 
-    def _dequantized(self, layer: _Layer) -> _Layer:
-        """A float layer of this one's sizes, with what the codes mean as its weights."""
+    def _dequantized(self, layer: nn.Module) -> nn.Module:
+        """A float layer of this one's sizes, with what the codes mean as its weights.
+
+        Returns:
+            The layer; where there is an epilogue, an `nn.Sequential` of the layer and that.
+        """
         layer.weight = nn.Parameter(self.weight.as_subclass(Tensor))
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.to(self.weight_dtype, copy=True))
+        if self.epilogue != "none":
+            layer = nn.Sequential(layer, FLOAT_EPILOGUES[self.epilogue]())
         return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        epilogue = "" if self.epilogue == "none" else f", epilogue={self.epilogue}"
+        return super().extra_repr() + epilogue
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes and scales of the weight as a matrix [N, K], K as in the packed layout."""
@@ -308,6 +322,8 @@ class QuantizedLayer(LowbitLayer):
         """Whether the operands are those that were checked, where no prepared call can tell."""
         if self._parameters:  # one of the tensors may have become one
             return False
+        if self.epilogue != _core.EPILOGUES[checked.epilogue]:
+            return False
         buffers = self._buffers
         for name, tensor, address in zip(NAMES, checked.tensors, checked.addresses, strict=True):
             if buffers.get(name) is not tensor or (
@@ -382,4 +398,5 @@ class QuantizedLayer(LowbitLayer):
                     f"this lowbit reads version {_core.LAYOUT_VERSION}; convert the float model "
                     "again, or use the lowbit that wrote it"
                 )
+        state = {"epilogue": "none", **state}  # prepared calls look for it on the instance
         super().__setstate__(state)  # type: ignore[no-untyped-call]

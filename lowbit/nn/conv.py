@@ -130,7 +130,7 @@ class Convolution(QuantizedLayer):
         return {name: getattr(module, name) for name in (*sizes, "groups", "padding_mode")}
 
     def dequantize(self) -> nn.Module:
-        """A float layer whose weights are what the codes mean."""
+        """A float layer whose weights are what the codes mean, its epilogue behind it if any."""
         arguments = self._arguments(self)
         return self._dequantized(
             self._float(**arguments, bias=self.bias is not None, device="meta")
@@ -159,7 +159,7 @@ class Convolution(QuantizedLayer):
         if isinstance(x, Tensor):
             output_size(images.shape, kernel, stride, padding, dilation, self.label)
         sizes = (self.in_channels, self.out_channels, self.scheme.group_size or 0)
-        window = (kernel, stride, padding, dilation, self.groups)
+        window = (kernel, stride, padding, dilation, self.groups, self.epilogue)
         y = self._call_operator(torch.ops.lowbit.conv2d, images, *sizes, *window)
         return self._from_images(y, isinstance(x, Tensor) and x.dim() <= self._dims + 1)
 
@@ -249,6 +249,7 @@ class Convolution(QuantizedLayer):
             self.scheme.group_size or 0,
             (self.in_channels, self.out_channels, self._two(self.kernel_size), self.groups),
             self.label,
+            self.epilogue,
         )
 
 
@@ -276,7 +277,7 @@ class Conv2d(Convolution):
     def _prepare(self, w: PackedWeight) -> _core.Direct | None:
         if self.padding_mode != "zeros":
             return None
-        names = ("stride", "padding", "dilation", "padding_mode")
+        names = ("stride", "padding", "dilation", "padding_mode", "epilogue")
         settings = {name: getattr(self, name) for name in names}
         stride, dilation = self._two(self.stride), self._two(self.dilation)
         return prepare_conv2d(w, settings, stride, self._pads(), dilation)

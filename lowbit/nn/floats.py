@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
+
+FLOAT_EPILOGUES: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
+)
+"""The float module that computes what each epilogue of a layer does."""
 
 
 def autocast(y: Tensor) -> Tensor:

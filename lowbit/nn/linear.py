@@ -82,8 +82,8 @@ class Linear(QuantizedLayer):
         layer.bias = float_bias(module)
         return layer.train(module.training)
 
-    def dequantize(self) -> nn.Linear:
-        """A float layer whose weights are what the codes mean."""
+    def dequantize(self) -> nn.Module:
+        """A float layer whose weights are what the codes mean, its epilogue behind it if any."""
         sizes = (self.in_features, self.out_features)
         return self._dequantized(nn.Linear(*sizes, bias=self.bias is not None, device="meta"))
 
@@ -91,14 +91,14 @@ class Linear(QuantizedLayer):
         return ops.linear_direct(x, w)
 
     def _prepare(self, w: PackedWeight) -> _core.Direct | None:
-        return prepare_linear(w)
+        return prepare_linear(w, {"epilogue": self.epilogue})
 
     def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
         if isinstance(x, Tensor):
             check_features(x.shape, self.in_features, self.label)
         sizes = (self.in_features, self.out_features, self.scheme.group_size or 0)
-        return self._call_operator(torch.ops.lowbit.linear, x, *sizes)
+        return self._call_operator(torch.ops.lowbit.linear, x, *sizes, self.epilogue)
 
     def _layout(self) -> tuple[int, int, int]:
         return 1, self.out_features, self.in_features
@@ -120,4 +120,5 @@ class Linear(QuantizedLayer):
             self.scheme.group_size or 0,
             (self.in_features, self.out_features),
             self.label,
+            self.epilogue,
         )

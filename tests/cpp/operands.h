@@ -117,6 +117,9 @@ inline std::vector<float> make_rows(Lcg& draw, Activation activation, int64_t ro
   return x;
 }
 
+inline constexpr Epilogue kAllEpilogues[] = {Epilogue::none, Epilogue::relu, Epilogue::relu6,
+                                             Epilogue::hardswish};
+
 struct Groups {
   int64_t size = 0;  // 0: none
   bool zeros = false;
@@ -143,7 +146,8 @@ class GuardedWeights {
                  scale_.data(),
                  group_scale_.data_or_null(),
                  group_zero_.data_or_null(),
-                 bias_.data_or_null()} {
+                 bias_.data_or_null(),
+                 Epilogue::none} {
     const int64_t rows = n / conv_groups;
     for (int64_t g = 0; g < conv_groups; ++g)
       pack(codes.data() + g * rows * k, rows, k, format,
@@ -151,6 +155,7 @@ class GuardedWeights {
   }
 
   const Weights& get() const { return weights_; }
+  void set(Epilogue epilogue) { weights_.epilogue = epilogue; }
 
  private:
   static int64_t group_count(int64_t k, Groups groups) {
@@ -197,6 +202,10 @@ inline std::string difference(const float* y, const float* expected, size_t coun
 inline std::string name(Format format, Activation activation) {
   return std::string(traits(format).name) + " weights, " +
          kActivations[static_cast<int>(activation)] + " activations, ";
+}
+
+inline std::string name(Epilogue epilogue) {
+  return std::string("epilogue ") + kEpilogues[static_cast<int>(epilogue)];
 }
 
 // Calls test(format, activation) for every pair.

@@ -46,10 +46,12 @@ void check(Lcg& draw, Format format, Activation activation, Conv2dGeometry g) {
   g.y_channels_last = draw.one_in(2);
   const Groups groups = draw.pick(kAllGroups);
   const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
-  const std::string what = describe(format, activation, g, groups);
   const std::vector<uint8_t> codes = conv_codes(draw, format, g, draw.pick(kAllCodes));
-  const GuardedWeights weights(draw, format, g.out_channels, conv2d_depth(format, g), codes, groups,
-                               draw.one_in(2), edge, g.blocks());
+  GuardedWeights weights(draw, format, g.out_channels, conv2d_depth(format, g), codes, groups,
+                         draw.one_in(2), edge, g.blocks());
+  weights.set(draw.pick(kAllEpilogues));
+  const std::string what =
+      describe(format, activation, g, groups) + ", " + name(weights.get().epilogue);
   const std::vector<float> x =
       make_rows(draw, activation, g.batch, g.height * g.width * g.channels);
   const size_t count = static_cast<size_t>(g.batch * g.out_height * g.out_width * g.out_channels);

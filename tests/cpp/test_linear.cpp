@@ -43,10 +43,11 @@ void check_random(Lcg& draw, Format format, Activation activation, int64_t m, in
   const bool bias = draw.one_in(2);
   const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
   const std::vector<uint8_t> codes = make_codes(draw, format, n * k, draw.pick(kAllCodes));
-  const GuardedWeights weights(draw, format, n, k, codes, groups, bias, edge);
+  GuardedWeights weights(draw, format, n, k, codes, groups, bias, edge);
+  weights.set(draw.pick(kAllEpilogues));
   const std::vector<float> x = make_rows(draw, activation, m, k);
-  check(describe(format, activation, m, n, k, groups, bias), x, m, weights.get(), activation, edge,
-        {1, 2, static_cast<int>(3 + draw.below(3))});
+  check(describe(format, activation, m, n, k, groups, bias) + ", " + name(weights.get().epilogue),
+        x, m, weights.get(), activation, edge, {1, 2, static_cast<int>(3 + draw.below(3))});
 }
 
 }  // namespace
@@ -193,10 +194,10 @@ TEST_CASE("every float16 as a group scale and as a group zero") {
   std::vector<float> x;
   for (int64_t i = 0; i < kDepth; ++i)
     x.push_back(make_value(draw, Activation::int8, Values::kUniform));
-  const Weights as_scale{Format::int4, kPatterns,      kDepth,  32,     packed.data(),
-                         scale.data(), pattern.data(), nullptr, nullptr};
-  const Weights as_zero{Format::int4, kPatterns,  kDepth,         32,     packed.data(),
-                        scale.data(), one.data(), pattern.data(), nullptr};
+  const Weights as_scale{Format::int4, kPatterns,      kDepth,  32,      packed.data(),
+                         scale.data(), pattern.data(), nullptr, nullptr, Epilogue::none};
+  const Weights as_zero{Format::int4, kPatterns,  kDepth,         32,      packed.data(),
+                        scale.data(), one.data(), pattern.data(), nullptr, Epilogue::none};
   check("float16 scales", x, 1, as_scale, Activation::int8, Edge::kEnd, {1, 2});
   check("float16 zeros", x, 1, as_zero, Activation::int8, Edge::kEnd, {1, 2});
 }
