@@ -35,7 +35,9 @@ def prepare_linear(w: PackedWeight, settings: Mapping[str, Any]) -> _core.Direct
     """
     if not _can_prepare(w):
         return None
-    return _core.direct_linear(w.tensors, dict(settings), *w.operands, w.epilogue)
+    return _core.direct_linear(  # type: ignore[call-arg]  # mypy takes the star for all the rest
+        w.tensors, dict(settings), *w.operands, w.epilogue
+    )
 
 
 def prepare_conv2d(
@@ -64,7 +66,7 @@ def prepare_conv2d(
     top, left, bottom, right = padding
     sizes = (0, 0, 0, w.channels, w.out_features, 0, 0)
     geometry = (*sizes, *w.kernel_size, *stride, top, left, *dilation, w.groups)
-    return _core.direct_conv2d(  # type: ignore[call-arg]
+    return _core.direct_conv2d(  # type: ignore[call-arg]  # as above
         w.tensors, dict(settings), geometry, bottom, right, *w.operands, w.epilogue
     )
 

@@ -136,7 +136,7 @@ def make_plan(
     for job in plan.jobs:
         _check_finite(job)
         _note_ties(job, owners, converted)
-    kinds = (_BatchNorm, *ACTIVATIONS)
+    kinds: tuple[type[nn.Module], ...] = (_BatchNorm, *ACTIVATIONS)
     if fuse and plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
         flow = Flow(model)
         _plan_folds(plan, model, flow, counted)

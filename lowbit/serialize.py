@@ -85,7 +85,8 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     The layers that are converted in the file are replaced by lowbit layers, batch norms that are
     folded in the file and activations that layers compute there by `nn.Identity`, and all tensors
     by those of the file. They are mapped, not read: weights are in memory once, on demand, and
-    shared with every other process that maps the file. The model's own weights are not read and may be on the meta device.
+    shared with every other process that maps the file. The model's own weights are not read and
+    may be on the meta device.
 
     Args:
         model: the float model, built as it was before its conversion, or a converted one with the
