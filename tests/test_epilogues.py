@@ -266,7 +266,7 @@ def test_registered_converters_keep_theirs(monkeypatch):
             return super().forward(input)
 
     monkeypatch.setattr(lowbit.rules, "_registered", {})
-    lowbit.register_converter(Own, lowbit.nn.Conv2d.from_float)
+    lowbit.register_converter(Own, lambda m, scheme: lowbit.nn.Conv2d.from_float(m, scheme))
     model = nn.Sequential(Own(8, 8, 3), nn.ReLU()).eval()
     result = lowbit.quantize(model, "w8a8")
     assert type(result[1]) is nn.ReLU
