@@ -155,7 +155,10 @@ inline void apply_each(int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch, 
 
 void apply(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch) {
   const auto relu = [](float v) { return 0.0f > v ? 0.0f : v; };
-  const auto relu6 = [relu](float v) { return relu(v) > 6.0f ? 6.0f : relu(v); };
+  const auto relu6 = [relu](float v) {
+    const float above = relu(v);
+    return above > 6.0f ? 6.0f : above;
+  };
   switch (epilogue) {
     case Epilogue::none:
       return;
