@@ -39,16 +39,18 @@ def main() -> int:
         parser.error("--grouped and --ragged are of linears")
     if given.quick and not conv:
         parser.error("--quick is of convolutions")
+    held = holds(given.isa)
     common = {
-        "peers": () if given.peers == ("none",) else given.peers,
+        "peers": HELD_PEERS if held and given.peers is None else given.peers,
         "isa": given.isa,
         "seconds": 0.5 if given.quick else given.seconds,
     }
-    if given.peers is None and holds(given.isa):
-        common["peers"] = HELD_PEERS
+    if given.peers == ("none",):
+        common["peers"] = ()
     if conv:
+        shapes = matrix.CONV_HELD if held else matrix.CONV_SHAPES
+        shapes = given.shapes or (matrix.CONV_QUICK if given.quick else shapes)
         common |= {"formats": given.formats or matrix.CONV_FORMATS}
-        shapes = given.shapes or (matrix.CONV_QUICK if given.quick else matrix.CONV_SHAPES)
         cases = matrix.conv_cases(shapes, given.m or matrix.CONV_BATCHES, given.threads, **common)
     else:
         formats = (given.formats or matrix.FORMATS) + (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def padded_candidates(case: Case, formats: Iterable[str]) -> list[Candidate]:
         dataclasses.replace(
             candidate,
             name=f"{candidate.name} padded",
-            build=lambda build=candidate.build: _corner(build(), x, shape.n),
+            build=functools.partial(_corner, candidate.build, x, shape.n),
             own=False,
             rival=False,
         )
@@ -142,5 +143,6 @@ def padded_candidates(case: Case, formats: Iterable[str]) -> list[Candidate]:
     ]
 
 
-def _corner(forward: Forward, x: torch.Tensor, n: int) -> Forward:
+def _corner(build: Callable[[], Forward], x: torch.Tensor, n: int) -> Forward:
+    forward = build()
     return lambda _: forward(x)[:, :n]

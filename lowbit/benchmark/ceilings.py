@@ -54,7 +54,8 @@ class Ceilings:
 
     def macs_per_second(self, what: str) -> float:
         """The arithmetic ceiling called "dot8", "dot4", "dot2", "dot1", "fma" or "xnor"."""
-        return {name: getattr(self, name) for name in ARITHMETIC}[what]
+        found: dict[str, float] = {name: getattr(self, name) for name in ARITHMETIC}
+        return found[what]
 
     def bytes_per_second(self, size: int, from_memory: bool) -> tuple[str, float]:
         """Where `size` bytes that are read again and again come from, and the bytes per second.

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lowbit.benchmark.shapes import ConvShape
+from lowbit.benchmark.shapes import HELD_KINDS, KINDS, ConvShape
 from lowbit.benchmark.summary import Cell, Summary
 from lowbit.benchmark.targets import Figure, Target, partner
 
 LAST = " channels_last"
 DENSE = ("dense 3x3", "dense 1x1")
-EVERY = (*DENSE, "7x7 map", "first layer", "depthwise", "grouped", "dilated")
 RECIPES = ("w8a8", "w4a8", "w2a8", "w1a8", "w1a1")
 _W8 = (f"w8a8{LAST}",)
 
@@ -101,12 +100,12 @@ CONV_TARGETS = (
         _wide,
     ),
     _target(
-        "NCHW: time over channels_last", EVERY, 1.15, over_channels_last, RECIPES, at_most=True
+        "NCHW: time over channels_last", KINDS, 1.15, over_channels_last, RECIPES, at_most=True
     ),
 )
 
 HELD_TARGETS = (
-    _target("dense: times torch INT8, held to it too", (*DENSE, "7x7 map"), 1.0),
-    _target("depthwise: times torch INT8, held to it too", ("depthwise",), 1.0),
+    _target("dense: times torch INT8, held to it too", HELD_KINDS[:-1], 1.0),
+    _target("depthwise: times torch INT8, held to it too", HELD_KINDS[-1:], 1.0),
 )
 """Of an older instruction set."""

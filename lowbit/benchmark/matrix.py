@@ -12,7 +12,7 @@ from typing import Any
 from lowbit.benchmark.measure import MAX_COPIES
 from lowbit.benchmark.run import STREAM_M, Options
 from lowbit.benchmark.runner import SavedCase
-from lowbit.benchmark.shapes import LinearShape, Shape, parse
+from lowbit.benchmark.shapes import HELD_KINDS, LinearShape, Shape, kind, parse
 
 SHAPES = (
     "4096x4096",
@@ -62,6 +62,8 @@ CONV_SHAPES = (
     "128x128k3d2@28",
     "256x256k3d4@28",
 )
+CONV_HELD = tuple(s for s in CONV_SHAPES if kind("conv", s) in HELD_KINDS)
+"""What is raced on an older instruction set."""
 CONV_BATCHES = (1, 8)
 CONV_FORMATS = ("w8a8", "w4a8", "w2a8", "w1a8", "w1a1")
 CONV_QUICK = ("64x64k3@56", "256x64k1@56", "512x512k3@7", "3x32k3s2@224", "240x240k5g240@28")

@@ -15,6 +15,9 @@ VECTOR_K, PANEL_N = 32, 16
 KINDS = ("dense 3x3", "dense 1x1", "7x7 map", "first layer", "depthwise", "grouped", "dilated")
 """Of convolutions, in the order of tables; other dense kernels come behind."""
 
+HELD_KINDS = ("dense 3x3", "dense 1x1", "7x7 map", "depthwise")
+"""Of convolutions, those with a target on older instruction sets."""
+
 _LINEAR = re.compile(r"(\d+)x(\d+)")
 _CONV = re.compile(r"(\d+)x(\d+)k(\d+)(?:s(\d+))?(?:d(\d+))?(?:g(\d+))?@(\d+)")
 
@@ -135,8 +138,6 @@ def parse(op: str, text: str) -> Shape:
     shape = ConvShape(*numbers)
     if shape.inputs % shape.groups or shape.outputs % shape.groups:
         raise ValueError(f"shape {text!r}: {shape.groups} groups do not divide the channels")
-    if shape.output_size < 1:
-        raise ValueError(f"shape {text!r}: the kernel is larger than the image")
     return shape
 
 

@@ -208,11 +208,18 @@ def summarize(lines: Iterable[dict[str, Any]]) -> Summary:
 
 
 def by_isa(lines: Iterable[dict[str, Any]]) -> dict[str, Summary]:
-    """A summary for each instruction set that was in use, that of the most lines first."""
+    """A summary for each instruction set that was in use, first the one that nothing was held to.
+
+    Of several such ones, or of none, that of the most lines comes first.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         found.setdefault(line["result"]["environment"]["isa"]["chosen"], []).append(line)
-    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+
+    def place(item: tuple[str, list[dict[str, Any]]]) -> tuple[bool, int]:
+        return all(line["case"]["isa"] is not None for line in item[1]), -len(item[1])
+
+    ordered = sorted(found.items(), key=place)
     return {isa: summarize(same) for isa, same in ordered}
 
 

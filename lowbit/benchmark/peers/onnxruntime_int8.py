@@ -68,7 +68,7 @@ def _static_conv(layer: nn.Conv2d, x: torch.Tensor) -> Any:
         bias = np.rint(layer.bias.detach().numpy() / (x_scale * scale)).astype(np.int32)
         constants["bias"] = bias
         operands.append("bias")
-    window = {
+    window: dict[str, Any] = {
         "kernel_shape": layer.kernel_size,
         "strides": layer.stride,
         "pads": (*layer.padding, *layer.padding),
