@@ -1,4 +1,7 @@
-"""Lines as `lowbit.benchmark.runner` writes them, made up: every figure follows from a rate."""
+"""Lines as `lowbit.benchmark.runner` writes them, made up: every figure follows from a rate.
+
+And `table`, which reads what became of them on a page.
+"""
 
 from lowbit.benchmark.shapes import parse
 
@@ -160,3 +163,16 @@ def small_conv_matrix():
         for shape in CONV.values()
         for m in (1, 8)
     ]
+
+
+def table(text, head):
+    """Rows of the table whose head holds some words: first cell -> the others."""
+    lines = text.splitlines()
+    start = next(i for i, words in enumerate(lines) if words.startswith("|") and head in words)
+    found = {}
+    for words in lines[start + 2 :]:
+        if not words.startswith("|"):
+            break
+        first, *others = (cell.strip() for cell in words.strip("|").split(" | "))
+        found[first] = others
+    return found

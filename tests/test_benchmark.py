@@ -160,8 +160,7 @@ def test_pack_codes_puts_the_first_code_lowest():
     assert pack_codes(codes, 8).tolist() == codes.tolist()
 
 
-@pytest.mark.parametrize("shape", ["100x70", "64x1", "33x32"])
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize(("shape", "m"), [("100x70", 1), ("64x1", 200), ("33x32", 3)])
 def test_padded_candidates_compute_the_ragged_layer(shape, m):
     case = make("linear", shape, m)
     reference = case.layer(case.x).detach()
@@ -260,6 +259,16 @@ def test_measure_does_not_claim_memory_where_copies_do_not_suffice(monkeypatch):
     assert built == ["small"]
     assert group.rotated_bytes == 0
     assert group.rows[0].fraction_of_read is None
+
+
+def test_the_error_of_few_outputs_is_no_reason():
+    case = make("linear", "64x32", 1)
+    y = case.layer(case.x).detach()
+    assert [row.name for row in quick_measure(case, [candidate("far", 3 * y)]).rows] == ["far"]
+    assert quick_measure(case, [candidate("nan", y * float("nan"))]).rows == []
+    case = make("linear", "64x32", 2)
+    y = case.layer(case.x).detach()
+    assert quick_measure(case, [candidate("far", 3 * y)]).rows == []
 
 
 def test_measure_names_what_failed():

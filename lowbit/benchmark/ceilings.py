@@ -83,10 +83,10 @@ class Ceilings:
     def __str__(self) -> str:
         reads = {"memory": self.read, "L3": self.l3, "L2": self.l2}
         known = [f"{name} {rate / 1e9:.1f}" for name, rate in reads.items() if rate is not None]
+        dots = "/".join(f"{r / 1e9:.0f}" for r in (self.dot8, self.dot4, self.dot2, self.dot1))
         return (
-            f"int8 dot {self.dot8 / 1e9:.0f} (4, 2, 1-bit weights {self.dot4 / 1e9:.0f}, "
-            f"{self.dot2 / 1e9:.0f}, {self.dot1 / 1e9:.0f}), float32 FMA {self.fma / 1e9:.0f}, "
-            f"xnor {self.xnor / 1e9:.0f} GMAC/s; read {', '.join(known)} GB/s"
+            f"dot W8/4/2/1 {dots}, float32 FMA {self.fma / 1e9:.0f}, "
+            f"xnor {self.xnor / 1e9:.0f} GMAC/s;\n  read {', '.join(known)} GB/s"
         )
 
 

@@ -2,24 +2,11 @@
 
 import re
 
-from matrix_lines import line, row, small_matrix
+from matrix_lines import line, row, small_matrix, table
 
 from lowbit.benchmark import page_parts as parts
 from lowbit.benchmark.page import page as whole_page
 from lowbit.benchmark.summary import summarize
-
-
-def table(text, head):
-    """Rows of the table whose head holds some words: first cell -> the others."""
-    lines = text.splitlines()
-    start = next(i for i, words in enumerate(lines) if words.startswith("|") and head in words)
-    found = {}
-    for words in lines[start + 2 :]:
-        if not words.startswith("|"):
-            break
-        first, *others = (cell.strip() for cell in words.strip("|").split(" | "))
-        found[first] = others
-    return found
 
 
 def page(summary, picture=None):
