@@ -1,0 +1,119 @@
+// Codes of activations: their sums, and how they get from one order to another. Part of
+// microkernel.inl.
+
+// lanes[i] = q[4i] + .. + q[4i + 3], for n codes and zeros up to a multiple of 64.
+inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
+  const auto add = [&](const int8_t* from, int64_t at) {
+    for (int i = 0; i < kRegs; ++i)
+      store(lanes + at / 4 + i * kLanes,
+            dot<1>(zero(), bytes(1), load(reinterpret_cast<const uint8_t*>(from) + i * kRegBytes)));
+  };
+  int64_t i = 0;
+  for (; i + kVectorBytes <= n; i += kVectorBytes) add(q + i, i);
+  if (i == n) return;
+  int8_t last[kVectorBytes] = {};
+  __builtin_memcpy(last, q + i, static_cast<size_t>(n - i));
+  add(last, i);
+}
+
+// Groups are multiples of 32, or all there is.
+void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
+  constexpr int64_t kBlock = 4096;
+  int32_t lanes[kBlock / 4];
+  for (int64_t first = 0; first < n; first += group, ++out) {
+    const int64_t end = first + group < n ? first + group : n;
+    int32_t s = 0;
+    for (int64_t at = first; at < end; at += kBlock) {
+      const int64_t count = end - at < kBlock ? end - at : kBlock;
+      sum_quads(q + at, count, lanes);
+      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
+    }
+    *out = s;
+  }
+}
+
+using Lanes = int32_t __attribute__((vector_size(kLanes * 4)));
+
+// out = sums of neighbouring lanes: those of a, then those of b.
+template <class Ints>
+LOWBIT_INLINE void add_pairs(const Ints& a, const Ints& b, Ints& out) {
+  constexpr int kCount = sizeof(a) / 4;
+  if constexpr (kCount == 16)
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  else if constexpr (kCount == 8)
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  else
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+}
+
+// Up to 63 bytes after a row are read. As many rows as a register has lanes are summed together.
+void sum_rows(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int32_t* out) {
+  const int64_t whole = k / kVectorBytes * kVectorBytes;
+  uint8_t last[kVectorBytes];
+  for (int64_t i = 0; i < kVectorBytes; ++i) last[i] = i < k - whole;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t here = count - first < kLanes ? count - first : kLanes;
+    Lanes sums[kLanes] = {};
+    for (int64_t r = 0; r < here; ++r) {
+      const uint8_t* a = reinterpret_cast<const uint8_t*>(rows + (first + r) * pitch);
+      Reg sum = zero();
+      for (int64_t at = 0; at < whole; at += kRegBytes) sum = dot<1>(sum, bytes(1), load(a + at));
+      if (k > whole)
+        LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) sum =
+            dot<1>(sum, load(last + i * kRegBytes), load(a + whole + i * kRegBytes));
+      store(reinterpret_cast<int32_t*>(&sums[r]), sum);
+    }
+    LOWBIT_UNROLL for (int n = kLanes / 2; n > 0; n /= 2) LOWBIT_UNROLL for (int i = 0; i < n; ++i)
+        add_pairs(sums[2 * i], sums[2 * i + 1], sums[i]);
+    if (here == kLanes)
+      __builtin_memcpy(out + first, &sums[0], sizeof(Lanes));
+    else
+      for (int64_t r = 0; r < here; ++r) out[first + r] = sums[0][r];
+  }
+}
+
+// Bytes are copied in pieces of `Piece`; Whole: one is enough.
+template <int Piece, bool Whole>
+void gather_rows(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
+                 int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch) {
+  for (int64_t i = 0; i < count; ++i, from += stride, to += pitch) {
+    int8_t* out = to;
+    for (int64_t s = 0; s < segment_count; ++s, out += bytes) {
+      const int8_t* in = from + segments[s];
+      if constexpr (Whole)
+        __builtin_memcpy(out, in, Piece);
+      else
+        for (int64_t at = 0; at < bytes; at += Piece) __builtin_memcpy(out + at, in + at, Piece);
+    }
+  }
+}
+
+void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
+            int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch) {
+  const auto run = bytes <= 4    ? gather_rows<4, true>
+                   : bytes <= 16 ? gather_rows<16, true>
+                   : bytes <= 32 ? gather_rows<32, true>
+                   : bytes <= 64 ? gather_rows<64, true>
+                                 : gather_rows<64, false>;
+  run(from, stride, count, segments, segment_count, bytes, to, pitch);
+}
+
+// Rows are 64 bytes and may be read whole.
+void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
+  for (int i = 0; i < count; i += 16) {
+    Reg v[kRegs];
+    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
+    int32_t pixels[16];
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
+    const int n = count - i < 16 ? count - i : 16;
+    if (channels == 4) {
+      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
+    } else {
+      for (int j = 0; j < n; ++j)
+        for (int c = 0; c < channels; ++c)
+          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
+    }
+  }
+}
