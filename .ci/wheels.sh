@@ -83,6 +83,8 @@ wheels() {
 # The package in an AArch64 Python, with the oldest torch that it takes: files from here there and
 # back, and tests of each layer from the kernels to the file format.
 aarch64_python() {
+  "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+    { echo "needs Python 3.11, as Debian 12 has it for AArch64" >&2; return 1; }
   recipe wheel-aarch64
   audit aarch64
   local wheel folder=$SDIST/build/aarch64
@@ -119,9 +121,9 @@ aarch64_python() {
   ((failed == 0))
 
   note "a wheel for newer CPUs"
-  (readme_block wheel-aarch64 | sed 's|-w dist/aarch64|-w dist/neondot|; 1d'
-    echo '  -C cmake.define.LOWBIT_CPU_DISPATCH=neondot -C cmake.define.LOWBIT_CPU_BASELINE=neondot'
-  ) >"$WORK/neondot"
+  local newer='-C cmake.define.LOWBIT_CPU_DISPATCH=neondot -C cmake.define.LOWBIT_CPU_BASELINE=neondot'
+  readme_block wheel-aarch64 | sed "s|-w dist/aarch64|-w dist/neondot|; 1d; \$ s|\$| $newer|" \
+    >"$WORK/neondot"
   (cd "$SDIST" && bash -euo pipefail "$WORK/neondot" >"$WORK/wheel.log" 2>&1) ||
     { cat "$WORK/wheel.log"; return 1; }
   refuses "$SDIST"/dist/neondot/*.whl env QEMU_CPU=cortex-a72 "$emulated"
