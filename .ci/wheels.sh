@@ -85,9 +85,10 @@ wheels() {
 aarch64_python() {
   "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
     { echo "needs Python 3.11, as Debian 12 has it for AArch64" >&2; return 1; }
+  local wheel folder=$SDIST/build/aarch64
+  rm -rf "$folder" "$SDIST/dist/aarch64" "$SDIST/dist/neondot"
   recipe wheel-aarch64
   audit aarch64
-  local wheel folder=$SDIST/build/aarch64
   wheel=$(ls "$DIST"/aarch64/*.whl)
 
   local site platforms=() platform
