@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import models
@@ -25,20 +26,21 @@ def layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
+def record(calls: dict[str, torch.Tensor], name: str, _, inputs, output) -> None:
+    """A forward hook that keeps copies: one layer's output is the next one's input."""
+    calls[f"{name}.x"] = inputs[0].clone().contiguous()
+    calls[f"{name}.y"] = output.clone().contiguous()
+
+
 def write(folder: Path) -> None:
     """For each recipe a model, and the inputs and outputs of its layers in `RECIPE.calls`."""
     folder.mkdir(parents=True, exist_ok=True)
     for recipe in RECIPES:
         torch.manual_seed(0)
         model = lowbit.quantize(models.trained(models.RaggedNet()), recipe)
-        calls = {}
+        calls: dict[str, torch.Tensor] = {}
         for name, layer in layers(model).items():
-
-            def record(_, inputs, output, name=name):
-                x, y = inputs[0].clone(), output.clone()  # one's output is the next one's input
-                calls[f"{name}.x"], calls[f"{name}.y"] = x.contiguous(), y.contiguous()
-
-            layer.register_forward_hook(record)
+            layer.register_forward_hook(partial(record, calls, name))
         with torch.no_grad():
             model(torch.randn(2, 3, 16, 16))
         save_file(calls, folder / f"{recipe}.calls")
@@ -61,8 +63,8 @@ def check(folder: Path) -> int:
                 right += 1
             else:
                 wrong.append(f"{recipe} {name}")
-    isa = lowbit.cpu_info()["isa"]["chosen"]
-    print(f"{platform.machine()}, {isa}: {right} layers of {len(RECIPES)} files right, {wrong} wrong")
+    where = f"{platform.machine()}, {lowbit.cpu_info()['isa']['chosen']}"
+    print(f"{where}: {right} layers of {len(RECIPES)} files right, wrong: {wrong}")
     return len(wrong)
 
 
