@@ -22,6 +22,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
 #undef X
     },
     xnor_any,
+    kColumnBytes,
     depthwise_tile,
     grouped_tile,
     spread_tap,
@@ -34,7 +35,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     sum_codes_of_groups,
     sum_rows,
     gather,
-    transpose4,
+    transpose16,
     to_float,
     widen,
     narrow,
