@@ -74,13 +74,28 @@ inline const uint8_t* ahead_of(const Tile& t, int panel) {
 
 #include "probes.inl"
 
-#ifdef LOWBIT_INT16_SUMS
+// Calls call(sub-tile, rows) for all rows, in tiles of at most `most`, as equal as possible. Rows
+// of an int16 activation stay together.
+template <class Call>
+LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
+  const int units = t.rows / t.planes, parts = (t.rows + most - 1) / most;
+  for (int i = 0; i < parts; ++i) {
+    const int first = units * i / parts * t.planes, end = units * (i + 1) / parts * t.planes;
+    call(rows_of(t, first, end - first), end - first);
+  }
+}
+
+#if defined(LOWBIT_DOT_SOURCE)
+#include LOWBIT_DOT_SOURCE
+#elif defined(LOWBIT_INT16_SUMS)
 #include "int16_dot.inl"
 #else
 #include "dot.inl"
 #endif
 
-#ifdef LOWBIT_CARRY_SAVE
+#if defined(LOWBIT_DOT_SOURCE)
+#include "neon_xnor.inl"
+#elif defined(LOWBIT_CARRY_SAVE)
 #include "carry_save.inl"
 #else
 #include "xnor.inl"
