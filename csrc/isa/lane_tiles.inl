@@ -56,7 +56,7 @@ struct Dot {
           });
   }
 
-  static void unpack_panel(const Tile& t, int panel, int64_t half_bytes) {
+  static LOWBIT_NOINLINE void unpack_panel(const Tile& t, int panel, int64_t half_bytes) {
     const uint8_t *w = t.w + panel * t.panel_stride, *ahead = ahead_of(t, panel);
     uint8_t* out = t.room;
     for (int64_t s = 0; s < t.steps; ++s, w += kVectorBytes, out += P * kHalf * 4) {

@@ -203,7 +203,7 @@ struct Dot {
           });
   }
 
-  static void unpack_panel(const Tile& t, int panel, int64_t half_bytes) {
+  static LOWBIT_NOINLINE void unpack_panel(const Tile& t, int panel, int64_t half_bytes) {
     constexpr int kUnit = P < 4 ? 4 / P : 1;
     const uint8_t *w = t.w + panel * t.panel_stride, *ahead = ahead_of(t, panel);
     uint8_t* out = t.room;

@@ -59,6 +59,11 @@ template <int N>
 inline Reg shift_left(Reg v) {
   return vshlq_n_s32(v, N);
 }
+// acc += v on bytes. Assembly: around intrinsics that accumulate, GCC 12 copies registers, and
+// spills.
+inline void accumulate_bytes(Reg& acc, Reg v) {
+  asm("add %0.16b, %0.16b, %1.16b" : "+w"(acc) : "w"(v));
+}
 inline Reg bit_xor(Reg a, Reg b) { return veorq_s32(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return vandq_s32(a, b); }
 

@@ -46,8 +46,7 @@ struct Xnor {
           LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
             Reg d = bit_xor(x[v], a);
             if constexpr (Masked) d = bit_and(d, lanes(mask + r * pitch));
-            count[r][v] =
-                lanes_of(vaddq_u8(unsigned_bytes(count[r][v]), vcntq_u8(unsigned_bytes(d))));
+            accumulate_bytes(count[r][v], lanes_of(vcntq_u8(unsigned_bytes(d))));
           }
         }
         if constexpr (Masked) ++mask;
@@ -74,8 +73,7 @@ double probe_xnor(int64_t iterations) {
   LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = zero();
   for (int64_t n = 0; n < iterations; ++n) LOWBIT_UNROLL for (int i = 0; i < kChains; ++i) {
       opaque(u);
-      const uint8x16_t d = vcntq_u8(unsigned_bytes(bit_xor(u, a)));
-      acc[i] = lanes_of(vaddq_u8(unsigned_bytes(acc[i]), d));
+      accumulate_bytes(acc[i], lanes_of(vcntq_u8(unsigned_bytes(bit_xor(u, a)))));
       opaque(acc[i]);
     }
   return static_cast<double>(iterations) * kChains * kRegBytes * 8;
