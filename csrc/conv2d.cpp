@@ -66,7 +66,8 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
                         !g.depthwise() && width >= traits(weights.format).depth() &&
                         !weights.group_zero;
   static thread_local Scratch scratch;
-  Images images(kernel, g, activation, use_bits, scratch);
+  Images images(kernel, g, activation, use_bits, tap_channels(weights.format, width),
+                Columns::wants_sums(g, weights, depth), scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
   const int64_t blocks = blocks_per_image(g, weights, threads);
   const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide

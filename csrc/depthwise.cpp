@@ -57,9 +57,7 @@ class Depthwise {
         images_(images),
         traits_(traits(weights.format)),
         column_(images.pitch() * 4),
-        row_columns_(std::max((geometry.out_width - 1) * geometry.stride_w +
-                                  (geometry.kernel_w - 1) * geometry.dilation_w + 1,
-                              geometry.pad_left + geometry.width)) {
+        row_columns_(images.width()) {
     const int64_t tile = int64_t{kTilePixels} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t quad = row_columns_ * column_,
                   columns = quad * expanded.quads() * images.planes();
@@ -67,19 +65,18 @@ class Depthwise {
                 piece(value_, tile), piece(total_, tile), piece(wide_, tile),
                 piece(group_scale_, scales), piece(group_zero_, scales),
                 piece(row_scale_, kTilePixels), piece(offsets_, expanded.places()),
-                piece(columns_, columns), piece(zero_row_, geometry.width * images.pitch()));
+                piece(columns_, columns), piece(zero_row_, images.width() * images.pitch()));
     for (int i = 0; i < expanded.places(); ++i)
       offsets_[i] =
           i / expanded.quads() * geometry.dilation_w * column_ + i % expanded.quads() * quad;
-    std::memset(columns_, 0, static_cast<size_t>(columns));  // the margins stay zero
-    std::memset(zero_row_, 0, static_cast<size_t>(geometry.width * images.pitch()));
+    std::memset(zero_row_, 0, static_cast<size_t>(images.width() * images.pitch()));
   }
 
   void run(int64_t image, int64_t begin, int64_t end, float* y) {
     const Conv2dGeometry& g = geometry_;
     std::fill_n(row_scale_, kTilePixels, images_.scale(image));
     for (int64_t row = begin; row < end; ++row, y += g.out_width * g.out_channels) {
-      make_columns(image, row * g.stride_h - g.pad_top);
+      make_columns(image, row * g.stride_h);
       for (int64_t c = 0; c < g.out_channels; c += kernel_.nr) {
         const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
         expand_scales(c, cols);
@@ -95,20 +92,19 @@ class Depthwise {
   }
 
  private:
-  // The columns of the image's rows from `top`, for each plane and quad; rows outside the image are
-  // zeros.
+  // The columns of the image's rows from `top`, for each plane and quad.
   void make_columns(int64_t image, int64_t top) {
     const Conv2dGeometry& g = geometry_;
-    int8_t* out = columns_ + g.pad_left * column_;
+    int8_t* out = columns_;
     for (int plane = 0; plane < images_.planes(); ++plane)
       for (int q = 0; q < expanded_.quads(); ++q, out += row_columns_ * column_) {
         const int8_t* rows[4];
         for (int64_t j = 0; j < 4; ++j) {
-          const int64_t ky = 4 * q + j, y = top + ky * g.dilation_h;
-          const bool inside = ky < g.kernel_h && y >= 0 && y < g.height;
-          rows[j] = inside ? images_.pixel(image, plane, y, 0) : zero_row_;
+          const int64_t ky = 4 * q + j;
+          rows[j] =
+              ky < g.kernel_h ? images_.pixel(image, plane, top + ky * g.dilation_h, 0) : zero_row_;
         }
-        kernel_.interleave4(rows, g.width * images_.pitch(), out);
+        kernel_.interleave4(rows, row_columns_ * images_.pitch(), out);
       }
   }
 

@@ -82,6 +82,12 @@ struct Kernel {
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
   // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
   void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
+  // out[r] = sum of the k codes of row r.
+  void (*sum_rows)(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int32_t* out);
+  // Receptive fields as rows: the s-th `bytes` bytes of row i are those at from + i * stride +
+  // segments[s]. Up to 63 bytes more are read and written after each.
+  void (*gather)(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
+                 int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch);
   // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
   // channels last.
   void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);

@@ -1,5 +1,4 @@
-// Depthwise convolution on columns, and the byte transposes that make them, over the vocabulary of
-// microkernel.inl.
+// Depthwise convolution on columns, over the vocabulary of microkernel.inl.
 
 // N: the number of taps, so that their weights stay in registers over the pixels; 0: any number.
 template <int B, int N>
@@ -50,31 +49,4 @@ void depthwise_any(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, in
   for (int p = 0; p < panels; ++p)
     run(pixels, columns + p * kVectorBytes, pixel_stride, taps, offsets, w + p * kVectorBytes,
         w_stride, zeros, acc + p * kPanel, sums ? sums + p * kPanel : nullptr);
-}
-
-void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {
-  for (int64_t i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, v);
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-        store(reinterpret_cast<int32_t*>(out + 4 * i) + r * (kRegBytes / 4), v[r]);
-  }
-}
-
-// Rows are 64 bytes and may be read whole.
-void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
-  for (int i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
-    int32_t pixels[16];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
-    const int n = count - i < 16 ? count - i : 16;
-    if (channels == 4) {
-      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
-    } else {
-      for (int j = 0; j < n; ++j)
-        for (int c = 0; c < channels; ++c)
-          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
-    }
-  }
 }

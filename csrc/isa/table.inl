@@ -31,6 +31,8 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     binarize,
     binarize_bits,
     sum_codes_of_groups,
+    sum_rows,
+    gather,
     transpose4,
     to_float,
     widen,
