@@ -36,33 +36,44 @@ CORES = {
     "neondot": ["neoverse-n1", "neoverse-v1", "cortex-a76"],
     "neoni8mm": ["neoverse-n2", "neoverse-v1"],
 }
+LIMITS = [
+    ("cortex-a72", "smlal v0.8h, v30.8b, v31.8b", 8),
+    ("neoverse-n1", "sdot v0.4s, v30.16b, v31.16b", 16),
+    ("neoverse-v1", "sdot v0.4s, v30.16b, v31.16b", 16),
+    ("neoverse-n2", "usmmla v0.4s, v30.16b, v31.16b", 32),
+    ("neoverse-v1", "usmmla v0.4s, v30.16b, v31.16b", 32),
+]
 ATTRIBUTES = "+dotprod,+i8mm"
 ITERATIONS = 200
 
 TEXT = """# The AArch64 kernels, estimated
 
-Made by `bench/mca.py` with {mca} and {compiler}; not timed on any CPU. A row is the inner loop of a microkernel, as
-compiled: what it counts to are the multiply-accumulates (MAC) and instructions of one iteration, the share of the
-instructions that multiply, loads for each of these, and registers that are spilled in the loop. `of limit` is the time
-that the loop's products alone need on the core's vector units over that of the whole loop: {limits}. For W1A1 the limit is
-three operations for 128 bits (`eor`, `cnt`, `add`), since nothing less counts them.
+Made by `bench/mca.py` with {mca} and {compiler}. Nothing here was timed on a CPU.
 
-The model takes loads to hit the first cache, branches to be predicted and loops to go on for ever. LLVM has no tables for
-Cortex-A76: it takes those of Cortex-A57 (3 instructions a cycle, one load). Neoverse N1 is the same core as a server part, and
-has tables of its own. Cortex-A53 runs in order, and its model knows nothing of the compiler's order being made for others.
+A row is the inner loop of a microkernel, as compiled: rows x channels of its tile,
+multiply-accumulates (MAC) and instructions of an iteration, the share of these that multiply, loads
+for each that does, registers spilled in the loop. `of limit` is the time that its products alone
+need over that of the loop. What a core can do at most: {limits}. For W1A1 the limit is three
+operations for 128 bits, `eor`, `cnt` and `add`: no fewer count them.
+
+The models take loads to hit the first cache, branches to be predicted and loops to go on for ever.
+LLVM has no tables for Cortex-A76 and takes those of Cortex-A57 (3 instructions a cycle, one load);
+Neoverse N1 is the same core made for servers, and has its own. Cortex-A53 runs in order.
+
 """
 
-PANELS_TEXT = """
-## Whole panels
+PANELS_TEXT = """## Unpacking included
 
-A panel is 16 channels. Where it is unpacked once for all rows, this belongs to the time: cycles of unpacking and of all tiles of 8 rows,
-of limit, on {core}. `direct` is the loop above that unpacks in registers.
+A panel is 16 channels. For many rows it is unpacked once, and that takes time, too: the share of
+the limit that unpacking and all tiles of 8 rows reach together, on the first core of each table.
+Beside it the loop above that unpacks in registers, which is what runs for up to 16 rows (`neondot`)
+or 8 (`neoni8mm`).
 """
 
 PEERS_TEXT = """
 ## Other engines
 
-Their loops, compiled here, through the same estimate. {note}
+Loops of theirs, compiled here, in the same estimate. {note}
 """
 
 
@@ -159,13 +170,19 @@ def limit(mca: str, core: str, loop: Loop) -> float:
     """Cycles of the loop's products alone, as if no two added to the same register."""
     total = 0.0
     for text in loop.products:
-        mnemonic, operands = text.split(None, 1)
-        one = [text] if macs_of(text, PRODUCTS) else [f"{m} v0.16b, v30.16b, v31.16b" for m in WITH_CNT] + [text]
-        del mnemonic, operands
-        apart = [re.sub(r"\bv\d+", f"v{i}", line, count=1) for i in range(24) for line in one]
-        apart = [re.sub(r", v\d+", ", v31", line) for line in apart]
-        total += cycles(mca, core, "\n".join(apart)) / 24
+        one = [text]
+        if not macs_of(text, PRODUCTS):
+            one += [f"{mnemonic} v0.16b, v30.16b, v31.16b" for mnemonic in WITH_CNT]
+        total += throughput(mca, core, one)
     return total
+
+
+def throughput(mca: str, core: str, lines: list[str]) -> float:
+    """Cycles of instructions that wait for nothing."""
+    copies = 24  # registers to write to
+    apart = [re.sub(r"\bv\d+", f"v{i}", line, count=1) for i in range(copies) for line in lines]
+    apart = [re.sub(r", v\d+", ", v31", line) for line in apart]
+    return cycles(mca, core, "\n".join(apart)) / copies
 
 
 # Names of the microkernels to what a reader knows; `first` sorts.
@@ -219,8 +236,8 @@ def of_isa(args: argparse.Namespace, obj: str) -> dict[str, Loop]:
 def panels(args: argparse.Namespace, obj: str, core: str, loops: dict[str, Loop]) -> list[str]:
     """Share of the limit with unpacking, by width and rows."""
     tile = loops["unpacked, 8 x 8"]
-    # 8 channels of a step are a quarter of W8's, or half a unit's quads.
-    lines = ["", f"| {Path(obj).name.split('.')[0]}, {core} | direct | M = 16 | M = 24 | M = 48 |",
+    isa = Path(obj).name.split(".")[0]
+    lines = ["", f"| {isa}, {core} | in registers | M = 16 | M = 24 | M = 48 |",
              "|---|---|---|---|---|"]  # fmt: skip
     for bits in (8, 4, 2, 1):
         unpack = unpack_loop(args, obj, bits)
@@ -254,8 +271,10 @@ def unpack_loop(args: argparse.Namespace, obj: str, bits: int) -> tuple[Loop, in
 def peers(args: argparse.Namespace) -> list[str]:
     by_cores: dict[str, dict[str, Loop]] = {}
     for peer in args.peer:
-        name, obj, pattern = re.fullmatch(r"([^=]*)=([^:]*):?(.*)", peer).groups()
-        loops = {n: hot_loop(c) for n, c in functions(args.objdump, obj).items() if re.search(pattern, n)}
+        name, _, where = peer.partition("=")
+        obj, _, pattern = where.partition(":")
+        code = functions(args.objdump, obj)
+        loops = {n: hot_loop(c) for n, c in code.items() if re.search(pattern, n)}
         best = max((x for x in loops.values() if x), key=lambda x: x.macs)
         isa = "neoni8mm" if any("mmla" in text for text in best.products) else "neondot"
         by_cores.setdefault(isa, {})[name] = best
@@ -267,26 +286,20 @@ def peers(args: argparse.Namespace) -> list[str]:
 
 def report(args: argparse.Namespace) -> str:
     limits = "; ".join(
-        f"{core} {macs / cycles(args.mca, core, chr(10).join(f'{op.format(i)}' for i in range(24))) * 24:.0f} a cycle ({op.split()[0]})"
-        for core, op, macs in (
-            ("cortex-a72", "smlal v{}.8h, v30.8b, v31.8b", 8),
-            ("neoverse-n1", "sdot v{}.4s, v30.16b, v31.16b", 16),
-            ("neoverse-v1", "sdot v{}.4s, v30.16b, v31.16b", 16),
-            ("neoverse-n2", "usmmla v{}.4s, v30.16b, v31.16b", 32),
-            ("neoverse-v1", "usmmla v{}.4s, v30.16b, v31.16b", 32),
-        )
+        f"{core} {macs / throughput(args.mca, core, [text]):.0f} MAC a cycle (`{text.split()[0]}`)"
+        for core, text, macs in LIMITS
     )
     version = re.search(r"LLVM version \S+", run(args.mca, "--version"))
     compiler = run(args.cxx, "--version").splitlines()[0]
     text = TEXT.format(mca=f"llvm-mca ({version[0]})", compiler=compiler, limits=limits)
-    lines, whole = [text], []
+    lines, whole = [text.rstrip(), ""], []
     for obj in args.objects:
         isa = Path(obj).name.split(".")[0]
         loops = of_isa(args, obj)
-        lines += [f"## {isa}", "", *table(args, CORES[isa], loops), ""]
+        lines += [f"## `{isa}`", "", *table(args, CORES[isa], loops), ""]
         if "unpacked, 8 x 8" in loops:
             whole += panels(args, obj, CORES[isa][0], loops)
-    lines += [PANELS_TEXT.format(core="the first core of each table").strip(), *whole]
+    lines += [PANELS_TEXT.strip(), *whole]
     if args.peer:
         lines += [PEERS_TEXT.format(note=args.note).rstrip(), *peers(args)]
     return "\n".join(lines) + "\n"

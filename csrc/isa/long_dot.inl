@@ -47,15 +47,14 @@ struct LongDot {
   template <int F>
   static LOWBIT_INLINE void fields(int16x8_t (&low)[MR][V], int16x8_t (&high)[MR][V],
                                    const uint8_t* w, const int8_t* a, ptrdiff_t pitch) {
-    int8x16_t u[V];
+    int8x16_t u[V], x[MR];
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) x[r] =
+        signed_bytes(broadcast(a + r * pitch + F * 4));
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) u[v] =
         signed_bytes(unpack<B, F, 0, false>(load(w + v * kRegBytes)));
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const int8x16_t x = signed_bytes(broadcast(a + r * pitch + F * 4));
-      LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-        multiply_low(low[r][v], u[v], x);
-        multiply_high(high[r][v], u[v], x);
-      }
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+      multiply_low(low[r][v], u[v], x[r]);
+      multiply_high(high[r][v], u[v], x[r]);
     }
     if constexpr (F + 1 < P) fields<F + 1>(low, high, w, a, pitch);
   }
@@ -93,15 +92,23 @@ struct LongDot<8, S, MR, V, Any> {
       int8x16_t x[Steps];
       LOWBIT_UNROLL for (int s = 0; s < Steps; ++s) x[s] =
           signed_bytes(broadcast(a + r * pitch + s * 4));
-      LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-        int16x8_t l = vmull_s8(vget_low_s8(u[0][v]), vget_low_s8(x[0]));
-        int16x8_t h = vmull_high_s8(u[0][v], x[0]);
-        if constexpr (Steps > 1) {
-          multiply_low(l, u[1][v], x[1]);
-          multiply_high(h, u[1][v], x[1]);
+      // Two registers of channels at a time, so that no product waits for the one before.
+      LOWBIT_UNROLL for (int v = 0; v < V; v += 2) {
+        int16x8_t l[2], h[2];
+        LOWBIT_UNROLL for (int i = 0; i < 2; ++i) {
+          l[i] = vmull_s8(vget_low_s8(u[0][v + i]), vget_low_s8(x[0]));
+          h[i] = vmull_high_s8(u[0][v + i], x[0]);
         }
-        add_pairs(low[r][v], l);
-        add_pairs(high[r][v], h);
+        if constexpr (Steps > 1) {
+          LOWBIT_UNROLL for (int i = 0; i < 2; ++i) {
+            multiply_low(l[i], u[1][v + i], x[1]);
+            multiply_high(h[i], u[1][v + i], x[1]);
+          }
+        }
+        LOWBIT_UNROLL for (int i = 0; i < 2; ++i) {
+          add_pairs(low[r][v + i], l[i]);
+          add_pairs(high[r][v + i], h[i]);
+        }
       }
     }
   }

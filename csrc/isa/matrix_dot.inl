@@ -27,7 +27,8 @@ struct Units {
     if constexpr (B == 8) return;
     LOWBIT_UNROLL for (int v = 0; v < kHalf / 4; ++v) {
       const Reg x = load(w + v * kRegBytes);
-      zip(x, next(x, w + v * kRegBytes), z_ + 2 * v);
+      // Of 2 bits, fields 0 and 1, to be told apart by one operation each; 2 and 3 likewise.
+      zip(B == 2 ? unpack<4, 0, 0, false>(x) : x, next(x, w + v * kRegBytes), z_ + 2 * v);
     }
   }
 
@@ -39,7 +40,7 @@ struct Units {
           zip(step<O>(w_ + v * kRegBytes), step<O + 2>(w_ + v * kRegBytes), n + 2 * v);
     } else {
       constexpr int kField = O % 2 + O / 2 * 4;
-      LOWBIT_UNROLL for (int i = 0; i < kHalf / 2; ++i) n[i] = unpack<B, kField, 0, false>(z_[i]);
+      LOWBIT_UNROLL for (int i = 0; i < kHalf / 2; ++i) n[i] = field<kField>(z_[i]);
     }
   }
 
@@ -49,6 +50,11 @@ struct Units {
     if constexpr (B == 4) return step<1>(from);
     if constexpr (B < 4) return lanes_of(vshrq_n_u8(unsigned_bytes(x), 2 * B));
     return x;
+  }
+  template <int F>
+  static LOWBIT_INLINE Reg field(Reg z) {
+    if constexpr (B == 2 && F == 1) return lanes_of(vshrq_n_u8(unsigned_bytes(z), 2));
+    return unpack<B, F, 0, false>(z);
   }
   template <int Index>
   static LOWBIT_INLINE Reg step(const uint8_t* from) {
