@@ -73,7 +73,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
   const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide
   static thread_local Scratch weights_scratch;
   std::optional<DepthwiseWeights> expanded;
-  if (g.depthwise()) expanded.emplace(g, weights, depth, weights_scratch);
+  if (g.depthwise()) expanded.emplace(kernel, g, weights, depth, activation, weights_scratch);
 
   parallel(threads, [&](int thread, int team) {
     images.quantize(x, thread, team);

@@ -32,55 +32,73 @@ void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out
   }
 }
 
-// Up to 63 bytes after a row are read.
+using Lanes = int32_t __attribute__((vector_size(kLanes * 4)));
+
+// Sums of neighbouring lanes: those of a, then those of b.
+template <class Ints>
+LOWBIT_INLINE Ints add_pairs(Ints a, Ints b) {
+  constexpr int kCount = sizeof(a) / 4;
+  if constexpr (kCount == 16)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                                   30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  else if constexpr (kCount == 8)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+}
+
+// Up to 63 bytes after a row are read. As many rows as a register has lanes are summed together.
 void sum_rows(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int32_t* out) {
   const int64_t whole = k / kVectorBytes * kVectorBytes;
   uint8_t last[kVectorBytes];
   for (int64_t i = 0; i < kVectorBytes; ++i) last[i] = i < k - whole;
-  for (int64_t r = 0; r < count; ++r, rows += pitch) {
-    const uint8_t* a = reinterpret_cast<const uint8_t*>(rows);
-    Reg sum[kRegs];
-    for (int i = 0; i < kRegs; ++i) sum[i] = zero();
-    for (int64_t at = 0; at < whole; at += kVectorBytes)
-      for (int i = 0; i < kRegs; ++i)
-        sum[i] = dot<1>(sum[i], bytes(1), load(a + at + i * kRegBytes));
-    if (k > whole)
-      for (int i = 0; i < kRegs; ++i)
-        sum[i] = dot<1>(sum[i], load(last + i * kRegBytes), load(a + whole + i * kRegBytes));
-    for (int i = 1; i < kRegs; ++i) sum[0] = add(sum[0], sum[i]);
-    int32_t lanes[kLanes], total = 0;
-    store(lanes, sum[0]);
-    for (int i = 0; i < kLanes; ++i) total += lanes[i];
-    out[r] = total;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t here = count - first < kLanes ? count - first : kLanes;
+    Lanes sums[kLanes] = {};
+    for (int64_t r = 0; r < here; ++r) {
+      const uint8_t* a = reinterpret_cast<const uint8_t*>(rows + (first + r) * pitch);
+      Reg sum = zero();
+      for (int64_t at = 0; at < whole; at += kRegBytes) sum = dot<1>(sum, bytes(1), load(a + at));
+      if (k > whole)
+        LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) sum =
+            dot<1>(sum, load(last + i * kRegBytes), load(a + whole + i * kRegBytes));
+      store(reinterpret_cast<int32_t*>(&sums[r]), sum);
+    }
+    LOWBIT_UNROLL for (int n = kLanes / 2; n > 0; n /= 2) LOWBIT_UNROLL for (int i = 0; i < n; ++i)
+        sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+    if (here == kLanes)
+      __builtin_memcpy(out + first, &sums[0], sizeof(Lanes));
+    else
+      for (int64_t r = 0; r < here; ++r) out[first + r] = sums[0][r];
   }
 }
 
-template <int Bytes>
-LOWBIT_INLINE void gather_rows(const int8_t* from, ptrdiff_t stride, int64_t count,
-                               const ptrdiff_t* segments, int64_t segment_count, int64_t bytes,
-                               int8_t* to, ptrdiff_t pitch) {
-  for (int64_t i = 0; i < count; ++i, from += stride, to += pitch)
-    for (int64_t s = 0; s < segment_count; ++s)
-      for (int64_t at = 0; at < bytes; at += Bytes)
-        __builtin_memcpy(to + s * bytes + at, from + segments[s] + at, Bytes);
+// Bytes are copied in pieces of `Piece`; Whole: one is enough.
+template <int Piece, bool Whole>
+void gather_rows(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
+                 int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch) {
+  for (int64_t i = 0; i < count; ++i, from += stride, to += pitch) {
+    int8_t* out = to;
+    for (int64_t s = 0; s < segment_count; ++s, out += bytes) {
+      const int8_t* in = from + segments[s];
+      if constexpr (Whole)
+        __builtin_memcpy(out, in, Piece);
+      else
+        for (int64_t at = 0; at < bytes; at += Piece) __builtin_memcpy(out + at, in + at, Piece);
+    }
+  }
 }
 
 void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
             int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch) {
-  const auto run = bytes <= 4    ? gather_rows<4>
-                   : bytes <= 16 ? gather_rows<16>
-                   : bytes <= 32 ? gather_rows<32>
-                                 : gather_rows<64>;
+  const auto run = bytes <= 4    ? gather_rows<4, true>
+                   : bytes <= 16 ? gather_rows<16, true>
+                   : bytes <= 32 ? gather_rows<32, true>
+                   : bytes <= 64 ? gather_rows<64, true>
+                                 : gather_rows<64, false>;
   run(from, stride, count, segments, segment_count, bytes, to, pitch);
-}
-
-void interleave4(const int8_t* const* rows, int64_t count, int8_t* out) {
-  for (int64_t i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i, v);
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-        store(reinterpret_cast<int32_t*>(out + 4 * i) + r * (kRegBytes / 4), v[r]);
-  }
 }
 
 // Rows are 64 bytes and may be read whole.

@@ -22,8 +22,8 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
 #undef X
     },
     xnor_any,
-    {depthwise_any<8>, depthwise_any<4>},
-    interleave4,
+    depthwise_tile,
+    spread_tap,
     amax_bits,
     abs_sum,
     quantize8,
