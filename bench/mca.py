@@ -54,7 +54,8 @@ A row is the inner loop of a microkernel, as compiled: rows x channels of its ti
 multiply-accumulates (MAC) and instructions of an iteration, the share of these that multiply, loads
 for each that does, registers spilled in the loop. `of limit` is the time that its products alone
 need over that of the loop. What a core can do at most: {limits}. For W1A1 the limit is three
-operations for 128 bits, `eor`, `cnt` and `add`: no fewer count them.
+operations for 128 bits, `eor`, `cnt` and `add`: no fewer count them. Depthwise: taps across x
+quads of rows of the kernel, rows of outputs x channels; each of its iterations also writes outputs.
 
 The models take loads to hit the first cache, branches to be predicted and loops to go on for ever.
 LLVM has no tables for Cortex-A76 and takes those of Cortex-A57 (3 instructions a cycle, one load);
@@ -192,15 +193,16 @@ def label(name: str) -> tuple[tuple[int, ...], str] | None:
         if rows not in (1, 2, 4, 8):
             return None
         return (rows, -bits), f"{width(bits)}, {rows} x {regs * 4}"
-    if m := re.match(r"MatrixDot<(\d), \d, (\d)>::add_steps", name):
+    if m := re.match(r"MatrixDot<(\d), \d, (\d), (?:true|false)>::add_steps", name):
         bits, rows = int(m[1]), int(m[2])
         if rows not in (4, 8):
             return None
         return (rows, -bits), f"{width(bits)}, {rows} x 8"
-    if m := re.match(r"Xnor<false>::add_steps<(\d)>", name):
+    if m := re.match(r"Xnor<false>::add_steps<([124])>", name):
         return (int(m[1]), 1), f"W1A1, {m[1]} x 16"
-    if m := re.match(r"depthwise_panel<(.*)>", name):
-        return (9,), f"depthwise <{m[1]}>"
+    if m := re.match(r"depthwise_panel<(\d), (\d), (\d)>", name):
+        taps, quads, rows = (int(m[i]) or "any" for i in (1, 2, 3))
+        return (9, int(m[1]), int(m[3])), f"depthwise, {taps} x {quads} taps, {rows} x 16"
     return None
 
 
@@ -262,7 +264,7 @@ def unpack_loop(args: argparse.Namespace, obj: str, bits: int) -> tuple[Loop, in
             stored = sum(
                 16 * (2 if text.startswith("stp") else 1)
                 for text in body
-                if re.match(r"st[pr]\s+q|st1\s", text)
+                if re.match(r"stu?[pr]\s+q", text)
             )
             return Loop(body, [], 0), stored
     return None

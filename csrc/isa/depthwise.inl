@@ -1,8 +1,16 @@
 // Depthwise convolution on columns, over the vocabulary of microkernel.inl. A column is 16 channels
 // of a pixel, four bytes each, from four rows of the image.
 
+#ifdef LOWBIT_SIGNED_DOT
+constexpr int kActivationZero = 0;
+LOWBIT_INLINE Reg dot_columns(Reg acc, Reg x, Reg w) { return signed_dot(acc, x, w); }
+#else
 // Activations are the unsigned factor of `dot`: 128 more than they are, which the seed takes back.
 constexpr int kActivationZero = 128;
+LOWBIT_INLINE Reg dot_columns(const Reg& acc, const Reg& x, const Reg& w) {
+  return dot<8>(acc, x, w);
+}
+#endif
 
 // w[panel][c] |= mul * code + add of one tap, as a byte at bit `to` of channel c's dword; seed
 // (unless null) -= kActivationZero times that.
@@ -82,9 +90,9 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
         const Reg x = load(from + v * kRegBytes);
         LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
           if constexpr (P > 0)
-            acc[r][v] = dot<8>(acc[r][v], x, weights[r][p][v]);
+            acc[r][v] = dot_columns(acc[r][v], x, weights[r][p][v]);
           else
-            acc[r][v] = dot<8>(acc[r][v], x, weight(r, p, v));
+            acc[r][v] = dot_columns(acc[r][v], x, weight(r, p, v));
         }
       }
     };

@@ -2,6 +2,7 @@
 // load. Part of microkernel.inl, for NEON. The vocabulary that it asks for beside neon.inl's:
 //
 //   lane_dot<L>(acc, u, a)  acc[lane] += 4 products of the lane of u and lane L of a
+//   signed_lane_dot<L>      the same of signed codes
 //   kSignedCodes            its codes are signed: 8-bit ones have to be centred
 //
 // Tiles of 8 rows x 8 channels: 16 sums, 8 activations, 2 weights, and constants. A register of
@@ -26,6 +27,7 @@ struct LaneDot {
   static constexpr int P = B ? 8 / B : 1;
   static constexpr ptrdiff_t kStepBytes = B ? kVectorBytes : kHalf * 4;
   static constexpr int kUnit = P < 4 ? 4 / P : 1;  // steps of 16 k at least
+  static constexpr bool kMinus = B == 1;           // bits are -1 or 0
 
   // A function of its own, whose sums are memory: the registers are the loop's alone.
   static LOWBIT_NOINLINE void add_steps(const uint8_t* w, ptrdiff_t ahead, const int8_t* a,
@@ -62,8 +64,12 @@ struct LaneDot {
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
       Reg u = load(w + kStep * kStepBytes + v * kRegBytes);
       if constexpr (B == 8 && kSignedCodes) u = lanes_of(centred(u));
-      if constexpr (B > 0 && B < 8) u = unpack<B, kField, 0, false>(u);
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) acc[r][v] = lane_dot<L>(acc[r][v], u, x[r]);
+      if constexpr (kMinus)
+        u = minus_bit<kField>(u);
+      else if constexpr (B > 0 && B < 8)
+        u = unpack<B, kField, 0, false>(u);
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) acc[r][v] =
+          kMinus ? signed_lane_dot<L>(acc[r][v], u, x[r]) : lane_dot<L>(acc[r][v], u, x[r]);
     }
     if constexpr (L + 1 < Count) lanes<First, L + 1, Count>(acc, w, x);
   }

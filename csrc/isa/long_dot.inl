@@ -2,7 +2,7 @@
 // overflow. Part of microkernel.inl, for NEON. The vocabulary that it asks for beside neon.inl's:
 //
 //   multiply_low(acc, u, a), multiply_high(acc, u, a)   acc += 8 products, as shorts
-//   add_pairs(acc, v)                                   acc[lane] += the lane's two shorts
+//   accumulate_pairs(acc, v)                                   acc[lane] += the lane's two shorts
 //
 // Tiles of 4 rows x 8 channels: 16 registers of sums. There is one multiplier; unpacking, spreading
 // four bytes of activations over a register and adding pairs up find room beside it, so panels are
@@ -106,8 +106,8 @@ struct LongDot<8, S, MR, V, Any> {
           }
         }
         LOWBIT_UNROLL for (int i = 0; i < 2; ++i) {
-          add_pairs(low[r][v + i], l[i]);
-          add_pairs(high[r][v + i], h[i]);
+          accumulate_pairs(low[r][v + i], l[i]);
+          accumulate_pairs(high[r][v + i], h[i]);
         }
       }
     }

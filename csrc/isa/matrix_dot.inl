@@ -2,6 +2,7 @@
 // matrix-multiply extension. The vocabulary that it asks for beside lane_dot.inl's:
 //
 //   matrix_dot(acc, u, a)   acc[2i + j] += 8 products of half i of u and half j of a
+//   signed_matrix_dot       the same of signed codes
 //
 // The layout has 4 k of 4 channels in a register; a `zip` of two such makes 8 k of 2 channels. Four
 // consecutive quads of k, q0 .. q3, are a unit of two octets, (q0, q2) and (q1, q3): so where both
@@ -32,7 +33,7 @@ struct Units {
     }
   }
 
-  // n[i] = 8 k of channels 2i and 2i + 1
+  // n[i] = 8 k of channels 2i and 2i + 1; of 1 bit, -1 and 0
   template <int O>
   LOWBIT_INLINE void get(Reg (&n)[kHalf / 2]) const {
     if constexpr (B == 8) {
@@ -53,6 +54,7 @@ struct Units {
   }
   template <int F>
   static LOWBIT_INLINE Reg field(Reg z) {
+    if constexpr (B == 1) return minus_bit<F>(z);
     if constexpr (B == 2 && F == 1) return lanes_of(vshrq_n_u8(unsigned_bytes(z), 2));
     return unpack<B, F, 0, false>(z);
   }
@@ -94,8 +96,9 @@ inline void pair_rows(const Tile& t, int64_t k, int8_t* out) {
   }
 }
 
-// Sums of MR rows and half a panel, times 2^S. B: bits of a code; 0: unpacked, in `room`.
-template <int B, int S, int MR>
+// Sums of MR rows and half a panel, times 2^S. B: bits of a code; 0: unpacked, in `room`. Minus:
+// bits are -1 or 0.
+template <int B, int S, int MR, bool Minus>
 struct MatrixDot {
   static constexpr int P = B ? 8 / B : 4, kPairs = (MR + 1) / 2, kHalfRegs = kRegs / 2;
   static constexpr int kUnit = P < 4 ? 4 / P : 1;  // steps of a unit at least
@@ -134,7 +137,7 @@ struct MatrixDot {
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < kHalfRegs; ++v) {
       const Reg a = acc[r / 2][2 * v], b = acc[r / 2][2 * v + 1];
       const Reg row = r % 2 ? vuzp2q_s32(a, b) : vuzp1q_s32(a, b);
-      sum[r][v] = add(sum[r][v], shift_left<S>(row));
+      sum[r][v] = Minus ? sub(sum[r][v], shift_left<S>(row)) : add(sum[r][v], shift_left<S>(row));
     }
   }
 
@@ -152,7 +155,8 @@ struct MatrixDot {
                                      const int8_t* x) {
     LOWBIT_UNROLL for (int p = 0; p < kPairs; ++p) {
       const int8x16_t m = vld1q_s8(x + p * kRegBytes);
-      LOWBIT_UNROLL for (int i = 0; i < kHalf / 2; ++i) acc[p][i] = matrix_dot(acc[p][i], n[i], m);
+      LOWBIT_UNROLL for (int i = 0; i < kHalf / 2; ++i) acc[p][i] =
+          Minus ? signed_matrix_dot(acc[p][i], n[i], m) : matrix_dot(acc[p][i], n[i], m);
     }
   }
 };
@@ -201,11 +205,12 @@ struct Dot {
             const uint8_t* w = t.w + panel * t.panel_stride;
             const int8_t* from = x + first * P * 4 * kRowBytes;
             if constexpr (Bits == 0)
-              MatrixDot<0, S, MR>::add_steps(t.room + half * half_bytes + first * P * 4 * kHalf, 0,
-                                             from, (steps * P + 3) / 4, sum);
+              MatrixDot<0, S, MR, B == 1>::add_steps(
+                  t.room + half * half_bytes + first * P * 4 * kHalf, 0, from, (steps * P + 3) / 4,
+                  sum);
             else
-              MatrixDot<B, S, MR>::add_steps(w + first * kVectorBytes + half * kHalf * 4,
-                                             ahead_of(t, panel) - w, from, steps, sum);
+              MatrixDot<B, S, MR, B == 1>::add_steps(w + first * kVectorBytes + half * kHalf * 4,
+                                                     ahead_of(t, panel) - w, from, steps, sum);
           });
   }
 

@@ -10,14 +10,15 @@
 //   unpack<B, P, S, Tight>(v) bit field P (B bits wide) of every byte, moved to bit S; Tight: no
 //                           register is left for a constant
 //   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
+//   signed_dot(acc, a, b)   of s8 * s8, with LOWBIT_SIGNED_DOT
 //   bit_xor(a, b) bit_and(a, b) add(a, b) sub(a, b): the last two on lanes
 //   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
 //   multiply(a, b) fmadd(a, b, c) opaque_float(v)
 //
-// and what dot.inl or, with LOWBIT_INT16_SUMS, int16_dot.inl asks for, and xnor.inl or, with
-// LOWBIT_CARRY_SAVE, carry_save.inl.
+// and what dot.inl, int16_dot.inl (LOWBIT_INT16_SUMS) or LOWBIT_DOT_SOURCE asks for, and xnor.inl
+// or carry_save.inl (LOWBIT_CARRY_SAVE).
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:

@@ -4,6 +4,7 @@
 #error "compile this file with the flags of its row in isas.inc"
 #endif
 #define LOWBIT_DOT_SOURCE "long_dot.inl"
+#define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
 // acc += the products of the low, the high eight bytes
@@ -14,18 +15,27 @@ inline void multiply_high(int16x8_t& acc, int8x16_t u, int8x16_t a) {
   asm("smlal2 %0.8h, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(a));
 }
 // acc[lane] += the sum of two shorts
-inline void add_pairs(Reg& acc, int16x8_t v) { asm("sadalp %0.4s, %1.8h" : "+w"(acc) : "w"(v)); }
+inline void accumulate_pairs(Reg& acc, int16x8_t v) {
+  asm("sadalp %0.4s, %1.8h" : "+w"(acc) : "w"(v));
+}
 
-// Of any operands: for depthwise convolutions and sums of codes.
+// acc[lane] += four products of signed bytes
+inline Reg signed_dot(Reg acc, Reg a, Reg b) {
+  const int8x16_t x = signed_bytes(a), y = signed_bytes(b);
+  const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
+  return add(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+
+// Of any operands, for sums of codes.
 template <int B>
 inline Reg dot(Reg acc, Reg u, Reg a) {
-  const int8x16_t codes = B == 8 ? centred(u) : signed_bytes(u), x = signed_bytes(a);
-  const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(x)),
-                  high = vmull_high_s8(codes, x);
-  // Two products of 4-bit codes fit 16 bits; those of -128 and -128 would not.
-  if constexpr (B < 8) return vpadalq_s16(acc, vpaddq_s16(low, high));
-  acc = add(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-  return add(acc, shift_left<7>(vpaddlq_s16(vpaddlq_s8(x))));
+  if constexpr (B < 8) {
+    const int8x16_t x = signed_bytes(u), y = signed_bytes(a);
+    const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
+    return vpadalq_s16(acc, vpaddq_s16(low, high));
+  }
+  acc = signed_dot(acc, lanes_of(centred(u)), a);
+  return add(acc, shift_left<7>(vpaddlq_s16(vpaddlq_s8(signed_bytes(a)))));
 }
 
 #include "microkernel.inl"

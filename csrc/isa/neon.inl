@@ -48,6 +48,13 @@ inline Reg unpack(Reg v) {
   return lanes_of(u);
 }
 
+// -1 where bit P of a byte is set, else 0: one operation, where a bit as 0 or 1 takes two.
+template <int P>
+inline Reg minus_bit(Reg v) {
+  if constexpr (P == 7) return lanes_of(vcltzq_s8(signed_bytes(v)));
+  return lanes_of(vtstq_u8(unsigned_bytes(v), vdupq_n_u8(1 << P)));
+}
+
 // c - 128 of every byte, as a signed one.
 inline int8x16_t centred(Reg u) {
   return signed_bytes(lanes_of(veorq_u8(unsigned_bytes(u), vdupq_n_u8(0x80))));

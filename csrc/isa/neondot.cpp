@@ -7,6 +7,7 @@
 #error "compile this file with the flags of its row in isas.inc"
 #endif
 #define LOWBIT_DOT_SOURCE "lane_tiles.inl"
+#define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
 constexpr bool kSignedCodes = true;
@@ -15,6 +16,16 @@ constexpr bool kSignedCodes = true;
 template <int L>
 inline Reg lane_dot(Reg acc, Reg u, int8x16_t a) {
   asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(acc) : "w"(u), "w"(a), "i"(L));
+  return acc;
+}
+
+template <int L>
+inline Reg signed_lane_dot(Reg acc, Reg u, int8x16_t a) {
+  return lane_dot<L>(acc, u, a);
+}
+// acc[lane] += four products of signed bytes
+inline Reg signed_dot(Reg acc, Reg a, Reg b) {
+  asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
   return acc;
 }
 

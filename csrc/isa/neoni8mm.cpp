@@ -6,6 +6,7 @@
 #error "compile this file with the flags of its row in isas.inc"
 #endif
 #define LOWBIT_DOT_SOURCE "matrix_dot.inl"
+#define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
 constexpr bool kSignedCodes = false;
@@ -17,9 +18,25 @@ inline Reg lane_dot(Reg acc, Reg u, int8x16_t a) {
   return acc;
 }
 
+template <int L>
+inline Reg signed_lane_dot(Reg acc, Reg u, int8x16_t a) {
+  asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(acc) : "w"(u), "w"(a), "i"(L));
+  return acc;
+}
+
 // acc[2i + j] += the eight products of half i of u and half j of a
 inline Reg matrix_dot(Reg acc, Reg u, int8x16_t a) {
   asm("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(a));
+  return acc;
+}
+inline Reg signed_matrix_dot(Reg acc, Reg u, int8x16_t a) {
+  asm("smmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(a));
+  return acc;
+}
+
+// acc[lane] += four products of signed bytes
+inline Reg signed_dot(Reg acc, Reg a, Reg b) {
+  asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
   return acc;
 }
 
