@@ -42,8 +42,10 @@ struct LaneDot {
     }
     if constexpr (kUnit > 1)
       for (; steps > 0; --steps, w += kStepBytes, a += P * 4) unit<1, 0>(acc, w, a, pitch);
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] =
-        add(sum[r][v], shift_left<S>(acc[r][v]));
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+      const Reg total = shift_left<S>(acc[r][v]);
+      sum[r][v] = kMinus ? sub(sum[r][v], total) : add(sum[r][v], total);
+    }
   }
 
  private:
