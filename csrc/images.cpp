@@ -103,7 +103,8 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
                     static_cast<size_t>((to - from) * g.groups) * sizeof(int32_t));
     }
   };
-  for (int64_t y = begin; y < end; ++y) {
+  // From the end: what was searched last for the largest is still in the cache.
+  for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
     if (in < 0 || in >= g.height) {
       clear(y, 0, width_);

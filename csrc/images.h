@@ -36,7 +36,7 @@ class Images {
   bool use_bits() const { return use_bits_; }
   bool padded() const { return height_ > geometry_.height || width_ > geometry_.width; }
   int planes() const { return planes_; }
-  int64_t pitch() const { return pitch_; }              // bytes from a pixel to the next one
+  int64_t pitch() const { return pitch_; }    // bytes from a pixel to the next one
   int64_t height() const { return height_; }  // with padding, as the width
   int64_t width() const { return width_; }
   int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one

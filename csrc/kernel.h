@@ -71,6 +71,24 @@ struct TapField {
   int from, bits, shift, add, to;
 };
 
+// One call of the microkernel of grouped convolutions whose panels hold several groups.
+struct GroupedTile {
+  const int8_t* from;     // the first output's receptive field, of the first panel
+  ptrdiff_t stride;       // bytes from an output's to the next
+  int64_t pixels;         // outputs
+  const ptrdiff_t* taps;  // [tap_count] bytes from there on
+  int tap_count, steps;   // steps of 4 channels of a group
+  int panels;
+  ptrdiff_t panel_bytes;      // from what a panel reads to what the next one does
+  const uint8_t* control;     // [step][16][4]: which of the 16 bytes, above 127: none
+  const int8_t* w;            // [panel][tap][step][16][4]: weights, 0 where there is no channel
+  ptrdiff_t w_stride;         // from a panel to the next
+  const int32_t* seed;        // [panel][16]
+  const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
+  float* y;                   // whole panels are written
+  ptrdiff_t y_pitch;
+};
+
 struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
@@ -89,8 +107,9 @@ struct Kernel {
   void (*xnor)(const Tile& tile);
 
   void (*depthwise)(const DepthwiseTile& tile);
-  // One tap of `panels` panels of packed weights, `stride` apart, to DepthwiseTile::w, `w_stride`
-  // apart, which starts as zeros, and to its seed (null: not).
+  void (*grouped)(const GroupedTile& tile);
+  // One k of `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
+  // `w_stride` apart, which start as zeros, and to their seed (null: not).
   void (*spread_tap)(const uint8_t* packed, ptrdiff_t stride, int panels, const TapField& field,
                      int8_t* w, ptrdiff_t w_stride, int32_t* seed);
 

@@ -34,19 +34,18 @@ void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out
 
 using Lanes = int32_t __attribute__((vector_size(kLanes * 4)));
 
-// Sums of neighbouring lanes: those of a, then those of b.
+// out = sums of neighbouring lanes: those of a, then those of b.
 template <class Ints>
-LOWBIT_INLINE Ints add_pairs(Ints a, Ints b) {
+LOWBIT_INLINE void add_pairs(const Ints& a, const Ints& b, Ints& out) {
   constexpr int kCount = sizeof(a) / 4;
   if constexpr (kCount == 16)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
-                                   30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   else if constexpr (kCount == 8)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
   else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    out = __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
 }
 
 // Up to 63 bytes after a row are read. As many rows as a register has lanes are summed together.
@@ -67,7 +66,7 @@ void sum_rows(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int
       store(reinterpret_cast<int32_t*>(&sums[r]), sum);
     }
     LOWBIT_UNROLL for (int n = kLanes / 2; n > 0; n /= 2) LOWBIT_UNROLL for (int i = 0; i < n; ++i)
-        sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+        add_pairs(sums[2 * i], sums[2 * i + 1], sums[i]);
     if (here == kLanes)
       __builtin_memcpy(out + first, &sums[0], sizeof(Lanes));
     else

@@ -104,3 +104,4 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 
 #include "codes.inl"
 #include "depthwise.inl"
+#include "grouped.inl"

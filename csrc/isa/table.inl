@@ -23,6 +23,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     },
     xnor_any,
     depthwise_tile,
+    grouped_tile,
     spread_tap,
     amax_bits,
     abs_sum,
