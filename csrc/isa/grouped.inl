@@ -24,7 +24,7 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
         const Reg weights = load(w + v * kRegBytes);
         const Reg control = load(t.control + s * kVectorBytes + v * kRegBytes);
         LOWBIT_UNROLL for (int r = 0; r < MR; ++r) acc[r][v] =
-            dot<8>(acc[r][v], shuffle(a[r], control), weights);
+            dot_columns(acc[r][v], shuffle(a[r], control), weights);
       }
   }
   float* y = t.y + first * t.y_pitch + panel * kPanel;
@@ -37,7 +37,7 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
 }
 
 void grouped_tile(const GroupedTile& t) {
-  constexpr int kRows = kRegs == 1 ? 8 : kRegs == 2 ? 4 : 2;
+  constexpr int kRows = kRegs == 1 ? 8 : 4;
   for (int64_t i = 0; i < t.pixels; i += kRows)
     for (int p = 0; p < t.panels; ++p)
       with_rows<1, kRows>(t.pixels - i < kRows ? static_cast<int>(t.pixels - i) : kRows,

@@ -85,3 +85,8 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
     out[2 * i + 1] = vreinterpretq_s32_s16(z.val[1]);
   }
 }
+
+inline Reg load16(const int8_t* p) { return lanes_of(vld1q_s8(p)); }
+inline Reg shuffle(Reg v, Reg control) {
+  return lanes_of(vqtbl1q_u8(unsigned_bytes(v), unsigned_bytes(control)));
+}

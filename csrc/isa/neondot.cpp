@@ -36,11 +36,6 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   return add(vdotq_s32(acc, centred(u), signed_bytes(a)), shift_left<7>(sum));
 }
 
-inline Reg load16(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
-inline Reg shuffle(Reg v, Reg control) {
-  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vreinterpretq_u8_s32(control)));
-}
-
 #include "microkernel.inl"
 #include "rows.inl"
 #include "table.inl"
