@@ -57,6 +57,9 @@ need over that of the loop. What a core can do at most: {limits}. For W1A1 the l
 operations for 128 bits, `eor`, `cnt` and `add`: no fewer count them. Depthwise: taps across x
 quads of rows of the kernel, rows of outputs x channels; each of its iterations also writes outputs.
 
+What comes before and after a loop is left out: quantizing, the scales of a tile, and with groups of
+K those of each group, which for groups of 32 is as much as their products.
+
 The models take loads to hit the first cache, branches to be predicted and loops to go on for ever.
 LLVM has no tables for Cortex-A76 and takes those of Cortex-A57 (3 instructions a cycle, one load);
 Neoverse N1 is the same core made for servers, and has its own. Cortex-A53 runs in order.
@@ -203,6 +206,8 @@ def label(name: str) -> tuple[tuple[int, ...], str] | None:
     if m := re.match(r"depthwise_panel<(\d), (\d), (\d)>", name):
         taps, quads, rows = (int(m[i]) or "any" for i in (1, 2, 3))
         return (9, int(m[1]), int(m[3])), f"depthwise, {taps} x {quads} taps, {rows} x 16"
+    if name == "grouped_tile":
+        return (10,), "grouped, 4 x 16"
     return None
 
 

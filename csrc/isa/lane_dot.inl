@@ -32,8 +32,10 @@ struct LaneDot {
   // A function of its own, whose sums are memory: the registers are the loop's alone.
   static LOWBIT_NOINLINE void add_steps(const uint8_t* w, ptrdiff_t ahead, const int8_t* a,
                                         ptrdiff_t pitch, int64_t steps, Reg (&sum)[MR][V]) {
+    constexpr bool kGoesOn = S == 0 && !kMinus;  // products are added to the sums as they are
     Reg acc[MR][V];
-    clear(acc);
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) acc[r][v] =
+        kGoesOn ? sum[r][v] : zero();
     for (; steps >= kUnit; steps -= kUnit, w += kUnit * kStepBytes, a += kUnit * P * 4) {
       if constexpr (B > 0)
         LOWBIT_UNROLL for (int s = 0; s < kUnit; ++s)
@@ -44,7 +46,7 @@ struct LaneDot {
       for (; steps > 0; --steps, w += kStepBytes, a += P * 4) unit<1, 0>(acc, w, a, pitch);
     LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
       const Reg total = shift_left<S>(acc[r][v]);
-      sum[r][v] = kMinus ? sub(sum[r][v], total) : add(sum[r][v], total);
+      sum[r][v] = kGoesOn ? total : kMinus ? sub(sum[r][v], total) : add(sum[r][v], total);
     }
   }
 
