@@ -103,6 +103,9 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
                     static_cast<size_t>((to - from) * g.groups) * sizeof(int32_t));
     }
   };
+  if (!use_bits_ && !g.x_channels_last)
+    encode_planes(x, image, std::max(begin - g.pad_top, int64_t{0}),
+                  std::min(end - g.pad_top, g.height));
   // From the end: what was searched last for the largest is still in the cache.
   for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
@@ -110,14 +113,12 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
       clear(y, 0, width_);
       continue;
     }
-    if (g.pad_left > 0) clear(y, 0, g.pad_left);
-    if (g.pad_left + g.width < width_) clear(y, g.pad_left + g.width, width_);
     if (use_bits_)
       encode_bits(x + in * g.width * g.channels, image, y);
     else if (g.x_channels_last)
       encode_row(x + in * g.width * g.channels, image, y);
-    else
-      encode_columns(x + in * g.width, image, y);
+    if (g.pad_left > 0) clear(y, 0, g.pad_left);
+    if (g.pad_left + g.width < width_) clear(y, g.pad_left + g.width, width_);
     if (sums_) sum_row(image, y);
   }
 }
@@ -148,29 +149,36 @@ void Images::encode_row(const float* x, int64_t image, int64_t y) {
   }
 }
 
-// The same from NCHW: 4 channels of 64 pixels at a time are encoded where they lie and transposed
-// as codes.
-void Images::encode_columns(const float* x, int64_t image, int64_t y) {
-  constexpr int kRun = 64;
+// Rows [begin, end) of NCHW: 16 channels of 64 pixels at a time are encoded where they lie and
+// transposed as codes.
+void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t end) {
+  constexpr int kRun = 64, kChannels = 16;
   const Conv2dGeometry& g = geometry_;
   const int64_t pixels = g.height * g.width;
   const UnitScale unit{scale_[image], inverse_[image]};
-  alignas(64) int8_t q[4 * kRun] = {}, lo[4 * kRun] = {};
-  for (int64_t at = 0; at < g.width; at += kRun) {
-    const int count = static_cast<int>(std::min<int64_t>(kRun, g.width - at));
-    // Up to the pitch: the channels that only pad a pixel get codes of 0.
-    for (int64_t c = 0; c < pitch_; c += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
+  alignas(64) int8_t q[kChannels * kRun] = {}, lo[kChannels * kRun] = {};
+  int8_t* to[2][kRun];
+  for (int64_t at = begin * g.width; at < end * g.width; at += kRun) {
+    const int count = static_cast<int>(std::min<int64_t>(kRun, end * g.width - at));
+    for (int p = 0; p < planes_; ++p) {
+      int64_t y = at / g.width, x_at = at % g.width;
+      for (int64_t i = 0; i < count; ++i) {
+        to[p][i] = codes(image, p, g.pad_top + y, g.pad_left + x_at);
+        if (++x_at == g.width) ++y, x_at = 0;
+      }
+    }
+    // What is written behind the channels is written again, by those before: from the last ones on.
+    for (int64_t c = (pitch_ - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
+      // Up to the pitch: the channels that only pad a pixel get codes of 0.
+      for (int64_t i = 0; i < kChannels; ++i) {
         if (c + i < g.channels)
           encode(kernel_, activation_, unit, x + (c + i) * pixels + at, count, q + i * kRun,
                  lo + i * kRun);
         else
           std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
       }
-      const int width = static_cast<int>(std::min<int64_t>(4, pitch_ - c));
-      kernel_.transpose4(q, count, width, codes(image, 0, y, g.pad_left + at) + c, pitch_);
-      if (planes_ == 2)
-        kernel_.transpose4(lo, count, width, codes(image, 1, y, g.pad_left + at) + c, pitch_);
+      const int width = static_cast<int>(std::min<int64_t>(kChannels, pitch_ - c));
+      for (int p = 0; p < planes_; ++p) kernel_.transpose16(p ? lo : q, count, width, to[p], c);
     }
   }
 }

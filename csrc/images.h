@@ -55,7 +55,7 @@ class Images {
   void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end);
   void encode_bits(const float* x, int64_t image, int64_t y);
   void encode_row(const float* x, int64_t image, int64_t y);
-  void encode_columns(const float* x, int64_t image, int64_t y);
+  void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
   void sum_row(int64_t image, int64_t y);
 
   const Kernel& kernel_;

@@ -130,9 +130,11 @@ struct Kernel {
   // segments[s]. Up to 63 bytes more are read and written after each.
   void (*gather)(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
                  int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch);
-  // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
-  // channels last.
-  void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);
+  // out[i][offset + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 16: channels first
+  // to channels last. Up to 15 bytes more are written, but not behind the last pixel's; those of a
+  // pixel are written before those of the next.
+  void (*transpose16)(const int8_t* rows, int count, int channels, int8_t* const* out,
+                      ptrdiff_t offset);
 
   // Epilogue where a tile's sums are not its output, on `rows` x nr.
   void (*to_float)(int rows, const int32_t* sums, float* f);

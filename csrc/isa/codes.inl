@@ -34,6 +34,34 @@ void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out
 
 using Lanes = int32_t __attribute__((vector_size(kLanes * 4)));
 
+// a and b, lane by lane in turn.
+template <class V>
+LOWBIT_INLINE void zip(const V& a, const V& b, V& low, V& high) {
+  constexpr int kCount = sizeof(a) / sizeof(a[0]);
+  if constexpr (kCount == 16) {
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high =
+        __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (kCount == 8) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  }
+}
+
+// A square: each round deals the rows of both halves out in turn.
+template <class V, int N>
+LOWBIT_INLINE void transpose_square(V (&a)[N]) {
+  static_assert(sizeof(V) == N * sizeof(a[0][0]), "as many rows as lanes");
+  V b[N];
+  LOWBIT_UNROLL for (int round = 1; round < N; round *= 2) {
+    LOWBIT_UNROLL for (int i = 0; i < N / 2; ++i) zip(a[i], a[i + N / 2], b[2 * i], b[2 * i + 1]);
+    LOWBIT_UNROLL for (int i = 0; i < N; ++i) a[i] = b[i];
+  }
+}
+
 // out = sums of neighbouring lanes: those of a, then those of b.
 template <class Ints>
 LOWBIT_INLINE void add_pairs(const Ints& a, const Ints& b, Ints& out) {
@@ -100,20 +128,37 @@ void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t
   run(from, stride, count, segments, segment_count, bytes, to, pitch);
 }
 
-// Rows are 64 bytes and may be read whole.
-void transpose4(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch) {
+// Sixteen channels of 16 pixels at a time: the channels of a pixel by four, then its four dwords
+// together.
+void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out,
+                 ptrdiff_t offset) {
   for (int i = 0; i < count; i += 16) {
-    Reg v[kRegs];
-    interleave(rows + i, rows + 64 + i, rows + 128 + i, rows + 192 + i, v);
-    int32_t pixels[16];
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) store(pixels + r * (kRegBytes / 4), v[r]);
-    const int n = count - i < 16 ? count - i : 16;
-    if (channels == 4) {
-      for (int j = 0; j < n; ++j) __builtin_memcpy(out + (i + j) * pitch, pixels + j, 4);
-    } else {
-      for (int j = 0; j < n; ++j)
-        for (int c = 0; c < channels; ++c)
-          out[(i + j) * pitch + c] = static_cast<int8_t>(pixels[j] >> (8 * c));
+    alignas(kVectorBytes) int8_t pixels[16][16];
+    Lanes v[4][kRegs];
+    LOWBIT_UNROLL for (int q = 0; q < 4; ++q) {
+      const int8_t* from = rows + 4 * q * 64 + i;
+      Reg quad[kRegs];
+      interleave(from, from + 64, from + 128, from + 192, quad);
+      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
+          store(reinterpret_cast<int32_t*>(&v[q][r]), quad[r]);
     }
+    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
+      Lanes even[2], odd[2], all[4];
+      zip(v[0][r], v[2][r], even[0], even[1]);
+      zip(v[1][r], v[3][r], odd[0], odd[1]);
+      zip(even[0], odd[0], all[0], all[1]);
+      zip(even[1], odd[1], all[2], all[3]);
+      __builtin_memcpy(pixels[r * kLanes], all, sizeof(all));
+    }
+    const int n = count - i < 16 ? count - i : 16;
+    const int whole = i + n == count ? n - 1 : n;
+    // More than the channels: what comes next is written later. But nothing follows the last one.
+    if (channels <= 4) {
+      for (int j = 0; j < whole; ++j) __builtin_memcpy(out[i + j] + offset, pixels[j], 4);
+    } else {
+      for (int j = 0; j < whole; ++j) __builtin_memcpy(out[i + j] + offset, pixels[j], 16);
+    }
+    for (int j = whole; j < n; ++j)
+      for (int c = 0; c < channels; ++c) out[i + j][offset + c] = pixels[j][c];
   }
 }

@@ -34,7 +34,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     sum_codes_of_groups,
     sum_rows,
     gather,
-    transpose4,
+    transpose16,
     to_float,
     widen,
     narrow,
