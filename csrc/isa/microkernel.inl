@@ -17,8 +17,8 @@
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
 //   multiply(a, b) fmadd(a, b, c) opaque_float(v)
 //
-// and what dot.inl, int16_dot.inl (LOWBIT_INT16_SUMS) or LOWBIT_DOT_SOURCE asks for, and xnor.inl
-// or carry_save.inl (LOWBIT_CARRY_SAVE).
+// and what these ask for: dot.inl or, with LOWBIT_INT16_SUMS, _LANE_DOT, _MATRIX_DOT or _LONG_DOT,
+// what is included instead; xnor.inl or, with LOWBIT_CARRY_SAVE or _BYTE_COUNTS, another.
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
@@ -86,18 +86,22 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
   }
 }
 
-#if defined(LOWBIT_DOT_SOURCE)
-#include LOWBIT_DOT_SOURCE
-#elif defined(LOWBIT_INT16_SUMS)
+#if defined(LOWBIT_INT16_SUMS)
 #include "int16_dot.inl"
+#elif defined(LOWBIT_LANE_DOT)
+#include "lane_tiles.inl"
+#elif defined(LOWBIT_MATRIX_DOT)
+#include "matrix_dot.inl"
+#elif defined(LOWBIT_LONG_DOT)
+#include "long_dot.inl"
 #else
 #include "dot.inl"
 #endif
 
-#if defined(LOWBIT_DOT_SOURCE)
-#include "neon_xnor.inl"
-#elif defined(LOWBIT_CARRY_SAVE)
+#if defined(LOWBIT_CARRY_SAVE)
 #include "carry_save.inl"
+#elif defined(LOWBIT_BYTE_COUNTS)
+#include "neon_xnor.inl"
 #else
 #include "xnor.inl"
 #endif

@@ -3,7 +3,7 @@
 #if !defined(__ARM_NEON) || !defined(__aarch64__)
 #error "compile this file with the flags of its row in isas.inc"
 #endif
-#define LOWBIT_DOT_SOURCE "long_dot.inl"
+#define LOWBIT_LONG_DOT
 #define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 

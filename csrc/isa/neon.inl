@@ -4,6 +4,8 @@
 
 #include "begin.inl"
 
+#define LOWBIT_BYTE_COUNTS
+
 using Reg = int32x4_t;
 // Tiles are cut up further, by lane_dot.inl, matrix_dot.inl or long_dot.inl.
 constexpr int kRegs = 4, kMr = 48, kPanels = 4, kTallMr = kMr, kTallPanels = kPanels;

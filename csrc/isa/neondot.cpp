@@ -6,7 +6,7 @@
 #if !defined(__ARM_FEATURE_DOTPROD)
 #error "compile this file with the flags of its row in isas.inc"
 #endif
-#define LOWBIT_DOT_SOURCE "lane_tiles.inl"
+#define LOWBIT_LANE_DOT
 #define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 

@@ -5,7 +5,7 @@
 #if !defined(__ARM_FEATURE_DOTPROD) || !defined(__ARM_FEATURE_MATMUL_INT8)
 #error "compile this file with the flags of its row in isas.inc"
 #endif
-#define LOWBIT_DOT_SOURCE "matrix_dot.inl"
+#define LOWBIT_MATRIX_DOT
 #define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
