@@ -17,7 +17,7 @@ DepthwiseWeights::DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& g
   const bool shares = g.dilation_h == 1 && g.kernel_h + g.stride_h <= 4 * quads_;
   if (shares && !weights.group_scale && planes(activation) == 1) outputs_ = 2;
   const int64_t places = g.kernel_w * quads_;
-  panel_bytes_ = outputs_ * places * kVectorBytes;
+  panel_bytes_ = outputs_ * places * kernel.column_bytes;
   const int64_t sets = (weights.group_zero ? 2 : 1) * groups_;
   const int64_t bytes = sets * panels_ * panel_bytes_, seeds = sets * panels_ * kPanel;
   scratch.cut(piece(codes_, bytes), piece(seed_, seeds));
@@ -35,10 +35,10 @@ DepthwiseWeights::DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& g
       for (int r = 0; r < outputs_; ++r) {
         const int64_t row = k / g.kernel_w + r * g.stride_h;
         const int64_t place = (r * g.kernel_w + k % g.kernel_w) * quads_ + row / 4;
-        field.to = static_cast<int>(row % 4 * 8);
+        field.to = static_cast<int>(row % 4);
         kernel.spread_tap(weights.packed + k / f.depth() * kVectorBytes, depth.steps * kVectorBytes,
                           static_cast<int>(panels_), field,
-                          codes_ + set * panels_ * panel_bytes_ + place * kVectorBytes,
+                          codes_ + set * panels_ * panel_bytes_ + place * kernel.column_bytes,
                           panel_bytes_, r == 0 ? seed_ + set * panels_ * kPanel : nullptr);
       }
     }
@@ -68,7 +68,7 @@ class Depthwise {
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
                 piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),
                 piece(row_scale_, kTilePixels), piece(rows_, expanded.quads() * 4),
-                piece(columns_, images.width() * expanded.quads() * kVectorBytes),
+                piece(columns_, images.width() * expanded.quads() * kernel.column_bytes),
                 piece(scale_, channels), piece(bias_, channels),
                 piece(last_, expanded.outputs() * geometry.out_width * kPanel));
     std::fill_n(scale_, channels, 0.0f);

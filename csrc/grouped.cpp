@@ -29,7 +29,7 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
   uint8_t* control;
   int8_t* w;
   int32_t* seed;
-  const int64_t w_stride = taps * steps * kVectorBytes;
+  const int64_t w_stride = taps * steps * kernel.column_bytes;
   scratch.cut(piece(offsets, taps), piece(control, steps * kVectorBytes),
               piece(w, panels * w_stride), piece(seed, panels * kPanel));
   std::memset(w, 0, static_cast<size_t>(panels * w_stride));
@@ -42,10 +42,10 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
     for (int64_t c = 0; c < in; ++c) {
       const int64_t at = t * tap_k + c, inside = at % f.depth();
       const TapField field{static_cast<int>(inside % 4 * 8 + inside / 4 * f.bits), f.bits,
-                           f.shift(), f.add, static_cast<int>(c % 4 * 8)};
+                           f.shift(), f.add, static_cast<int>(c % 4)};
       kernel.spread_tap(weights.packed + at / f.depth() * kVectorBytes, packed_stride,
-                        static_cast<int>(panels), field, w + (t * steps + c / 4) * kVectorBytes,
-                        w_stride, seed);
+                        static_cast<int>(panels), field,
+                        w + (t * steps + c / 4) * kernel.column_bytes, w_stride, seed);
     }
   }
   for (int64_t s = 0; s < steps; ++s)
