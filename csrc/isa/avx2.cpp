@@ -32,7 +32,8 @@ inline void widen(Reg v, Reg& even, Reg& odd) {
   odd = _mm256_srai_epi16(v, 8);
 }
 inline Reg dot_shorts(Reg acc, Reg a, Reg b) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+  accumulate(acc, _mm256_madd_epi16(a, b));  // in this order: GCC 12 would spill many products
+  return acc;
 }
 
 #include "microkernel.inl"

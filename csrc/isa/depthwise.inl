@@ -85,6 +85,9 @@ LOWBIT_INLINE void make_columns(const DepthwiseTile& t, int panel) {
   }
 }
 
+// So many registers may hold weights; an ISA of two for a vector has 16 in all.
+constexpr int kHeldWeights = kRegs == 2 ? 0 : 20;
+
 // Where it goes is fetched so many pixels ahead.
 constexpr int kPixelsAhead = 16;
 
@@ -93,13 +96,14 @@ constexpr int kPixelsAhead = 16;
 template <int Taps, int Quads, int R>
 void depthwise_panel(const DepthwiseTile& t, int panel) {
   constexpr int P = Taps * Quads;
+  constexpr bool kHeld = P > 0 && R * P * kRegs * kWide <= kHeldWeights;
   make_columns<Quads>(t, panel);
   const int quads = Quads ? Quads : t.quads, taps = Taps ? Taps : t.taps, places = taps * quads;
   const uint8_t* const w = reinterpret_cast<const uint8_t*>(t.w) + panel * t.w_stride;
   const auto weight = [&](int r, int p, int v) __attribute__((always_inline)) {
     return load_column(w + (r * places + p) * kColumnBytes + v * kColumnPart);
   };
-  Column weights[R][P ? P : 1][kRegs];
+  Column weights[R][kHeld ? P : 1][kRegs];
   Reg seed[kRegs];
   FloatReg scale[kRegs], bias[kRegs];
   LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
@@ -107,7 +111,7 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
     seed[v] = load(reinterpret_cast<const uint8_t*>(t.seed + at));
     scale[v] = float_load(t.scale + at);
     bias[v] = float_load(t.bias + at);
-    if constexpr (P > 0)
+    if constexpr (kHeld)
       LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int p = 0; p < P; ++p)
           weights[r][p][v] = weight(r, p, v);
   }
@@ -121,7 +125,7 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
       LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
         const Column x = load_column(from + v * kColumnPart);
         LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
-          if constexpr (P > 0)
+          if constexpr (kHeld)
             acc[r][v] = column_dot(acc[r][v], x, weights[r][p][v]);
           else
             acc[r][v] = column_dot(acc[r][v], x, weight(r, p, v));
