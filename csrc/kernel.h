@@ -67,9 +67,19 @@ struct DepthwiseTile {
   ptrdiff_t y_pitch, y_row;   // from a pixel to the next, from a row to the next
 };
 
-// Where a tap's codes are in a panel's vector, what they mean, and which byte of four they become.
+// Where a weight of each channel is in a panel, what its code means, and which byte of four it
+// becomes in a place of DepthwiseTile::w or GroupedTile::w.
 struct TapField {
+  ptrdiff_t at;  // the vector
   int from, bits, shift, add, to;
+};
+
+// What makes up all places of a panel.
+struct Places {
+  int count;
+  const TapField* fields;
+  const int* ends;  // [count]: behind a place's last field
+  int counted;      // the first ones, whose weights a seed is made of
 };
 
 // One call of the microkernel of grouped convolutions whose panels hold several groups.
@@ -110,10 +120,10 @@ struct Kernel {
   int column_bytes;  // of a column, and of its weights: 64, or 128 where bytes are widened
   void (*depthwise)(const DepthwiseTile& tile);
   void (*grouped)(const GroupedTile& tile);
-  // One k of `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
-  // `w_stride` apart, which start as zeros, and to their seed (null: not).
-  void (*spread_tap)(const uint8_t* packed, ptrdiff_t stride, int panels, const TapField& field,
-                     int8_t* w, ptrdiff_t w_stride, int32_t* seed);
+  // `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
+  // `w_stride` apart, and to their seed.
+  void (*spread)(const uint8_t* packed, ptrdiff_t stride, int panels, const Places& places,
+                 int8_t* w, ptrdiff_t w_stride, int32_t* seed);
 
   // Activations.
   uint32_t (*amax_bits)(const float* x,

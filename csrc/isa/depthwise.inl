@@ -40,27 +40,32 @@ inline Reg column_dot(Reg acc, const Column& x, const Column& w) { return dot<8>
 #endif
 constexpr int kColumnBytes = kVectorBytes * kWide, kColumnPart = kRegBytes * kWide;
 
-// A weight, mul * code + add, is byte field.to of channel c's dword of w, wide or not; seed (unless
-// null) -= kActivationZero times that.
-void spread_tap(const uint8_t* packed, ptrdiff_t stride, int panels, const TapField& field,
-                int8_t* w, ptrdiff_t w_stride, int32_t* seed) {
-  constexpr int kBits = 8 * kWide;
-  const uint32_t mask = (1u << field.bits) - 1;
-  const int part = field.to % kWide, to = field.to / kWide * kBits;
-  for (int p = 0; p < panels; ++p, packed += stride, w += w_stride)
+// A weight, mul * code + add, is byte field.to of channel c's dword, wide or not; a seed is
+// -kActivationZero times the sum of a channel's weights.
+void spread(const uint8_t* packed, ptrdiff_t stride, int panels, const Places& places, int8_t* w,
+            ptrdiff_t w_stride, int32_t* seed) {
+  constexpr uint32_t kMask = (1u << (8 * kWide)) - 1;
+  for (int p = 0; p < panels; ++p, packed += stride, w += w_stride, seed += kPanel)
     for (int r = 0; r < kRegs; ++r) {
-      uint32_t v[kLanes], out[kLanes];
-      int8_t* const at = w + (r * kWide + part) * kRegBytes;
-      __builtin_memcpy(v, packed + r * kRegBytes, sizeof(v));
-      __builtin_memcpy(out, at, sizeof(out));
-      for (int c = 0; c < kLanes; ++c) {
-        v[c] = ((v[c] >> field.from & mask) << field.shift) + static_cast<uint32_t>(field.add);
-        out[c] |= (v[c] & ((1u << kBits) - 1)) << to;
+      const TapField* field = places.fields;
+      uint32_t total[kLanes] = {};
+      for (int i = 0; i < places.count; ++i) {
+        uint32_t out[kWide][kLanes] = {};
+        for (; field < places.fields + places.ends[i]; ++field) {
+          const uint32_t mask = (1u << field->bits) - 1, add = static_cast<uint32_t>(field->add);
+          const int from = field->from, shift = field->shift, to = field->to / kWide * 8 * kWide;
+          uint32_t* const part = out[field->to % kWide];
+          uint32_t v[kLanes];
+          __builtin_memcpy(v, packed + field->at + r * kRegBytes, sizeof(v));
+          for (int c = 0; c < kLanes; ++c) v[c] = ((v[c] >> from & mask) << shift) + add;
+          for (int c = 0; c < kLanes; ++c) part[c] |= (v[c] & kMask) << to;
+          if (i < places.counted)
+            for (int c = 0; c < kLanes; ++c) total[c] += v[c];
+        }
+        __builtin_memcpy(w + i * kColumnBytes + r * kColumnPart, out, sizeof(out));
       }
-      __builtin_memcpy(at, out, sizeof(out));
-      if (!seed) continue;
       for (int c = 0; c < kLanes; ++c)
-        seed[p * kPanel + r * kLanes + c] -= kActivationZero * static_cast<int>(v[c]);
+        seed[r * kLanes + c] = -kActivationZero * static_cast<int32_t>(total[c]);
     }
 }
 

@@ -25,7 +25,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kColumnBytes,
     depthwise_tile,
     grouped_tile,
-    spread_tap,
+    spread,
     amax_bits,
     abs_sum,
     quantize8,
