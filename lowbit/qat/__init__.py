@@ -1,4 +1,4 @@
-"""Quantization-aware training: layers that train with the rounding that they will be deployed with."""
+"""Quantization-aware training: layers that round as the layers that they will become."""
 
 from lowbit.qat.layers import Conv1d, Conv2d, Linear, QATLayer
 from lowbit.qat.prepare import convert, prepare_qat

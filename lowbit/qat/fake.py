@@ -49,10 +49,8 @@ def fake_activation(x: Tensor, activation: str, dims: tuple[int, ...]) -> Tensor
         dims: the dimensions of a unit (a row, an image).
     """
     if activation == "binary":
-        result: Tensor = _BinaryActivation.apply(x, dims)
-    else:
-        result = _RoundActivation.apply(x, dims, _LARGEST[activation])
-    return result
+        return apply(_BinaryActivation, x, dims)
+    return apply(_RoundActivation, x, dims, _LARGEST[activation])
 
 
 def unit_scales(initial: Tensor, log_scale: Tensor) -> Tensor:
@@ -69,9 +67,10 @@ def fake_learned(
     Gradients are those of Esser et al., "Learned Step Size Quantization", 2020: the weight's
     passes where it is within the outermost levels; the scale's is the levels' distance from the
     weights there, and the outermost level elsewhere, times 1 / sqrt(weights * largest level).
-    What is learned is the logarithm of the scale, so that a scale keeps its sign and a step of any
-    optimizer changes it in proportion; its gradient is LSQ's over the scale, with which SGD moves
-    the scale as far as LSQ does.
+    Two things differ. A weight beyond the outermost level has its gradient, too, where a step
+    brings it back: without, it would stay there for good. And what is learned is the logarithm of
+    the scale, so that a scale keeps its sign and a step of any optimizer changes it in proportion;
+    its gradient is LSQ's over the scale, with which SGD moves the scale as far as LSQ does.
 
     Args:
         w: float32 [N, K], K as in the packed layout.
@@ -84,7 +83,7 @@ def fake_learned(
         stored = split_scales(unit_scales(initial, log_scale), scheme.group_size)
         scale = effective_scales(*stored)
         counts = mask.sum(dim=-1)
-    y: Tensor = _Learned.apply(x, log_scale, scale, counts, FORMATS[scheme.weight])
+    y = apply(_Learned, x, log_scale, scale, counts, FORMATS[scheme.weight])
     return y.flatten(1)[:, : w.shape[1]]
 
 
@@ -98,7 +97,12 @@ def fake_binary(w: Tensor, scheme: Scheme, valid: Tensor | None) -> Tensor:
     Args:
         w, scheme, valid: as for `fake_learned`; the scale is that of the scheme's quantizer.
     """
-    result: Tensor = _BinaryWeight.apply(w, scheme, valid)
+    return apply(_BinaryWeight, w, scheme, valid)
+
+
+def apply(function: type[Function], *arguments: Any) -> Tensor:
+    """`function.apply`, which torch has no types for."""
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -143,16 +147,16 @@ class _Learned(Function):
         # How the output changes with the scale, over the scale.
         slope = torch.where(inside, value - ratio, value)
         norm = (counts.clamp_min(1) * fmt.max_value).rsqrt() / torch.where(zero, torch.inf, scale)
-        ctx.save_for_backward(inside, slope, norm)
+        ctx.save_for_backward(~inside, x, slope, norm)
         ctx.dtype = log_scale.dtype
         return value.mul_(scale[..., None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        inside, slope, norm = ctx.saved_tensors
+        beyond, x, slope, norm = ctx.saved_tensors
         grad_scale = (grad * slope).sum(dim=-1) * norm
-        return grad * inside, grad_scale.to(ctx.dtype), None, None, None
+        return _clipped(grad, beyond, x), grad_scale.to(ctx.dtype), None, None, None
 
 
 class _BinaryWeight(Function):
@@ -167,9 +171,13 @@ class _BinaryWeight(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        beyond, w = ctx.saved_tensors
-        further = grad * w.sign() < 0  # a step goes against the gradient
-        return torch.where(beyond & further, 0.0, grad), None, None
+        return _clipped(grad, *ctx.saved_tensors), None, None
+
+
+def _clipped(grad: Tensor, beyond: Tensor, w: Tensor) -> Tensor:
+    """The gradient of w, without what would take it further from zero where it is beyond."""
+    further = grad * w.sign() < 0  # a step goes against the gradient
+    return torch.where(beyond & further, 0.0, grad)
 
 
 def initial_scales(unit_scale: Tensor) -> Tensor:

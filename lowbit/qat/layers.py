@@ -19,6 +19,7 @@ from lowbit.nn.conv import matrix_to_weight, weight_to_matrix
 from lowbit.nn.floats import autocast, float_bias
 from lowbit.norms import fold_channels
 from lowbit.qat.fake import (
+    apply,
     fake_activation,
     fake_binary,
     fake_learned,
@@ -69,13 +70,13 @@ class QATLayer(nn.Module):
     norm: nn.Module | None
     initial_scale: Tensor | None
     log_scale: nn.Parameter | None
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
 
     # Set by prepare_qat: the layer's name in its model, for error messages.
     _fqn: str | None = None
     # The layer that eval mode runs, what it was made of, and copies of that. No state.
-    _deployed: tuple[nn.Module, list[Any], list[Tensor]] | None = None
+    _deployed: tuple[Any, list[Any], list[Tensor]] | None = None
 
     def __init__(
         self, *args: Any, scheme: str | Scheme | Mapping[str, Any] = "w8a8", **kwargs: Any
@@ -132,7 +133,7 @@ class QATLayer(nn.Module):
         module.__class__ = cls
         assert isinstance(module, cls)
         module.scheme = parsed
-        module.register_module("norm", norm)
+        module.norm = norm
         module.register_buffer("initial_scale", scales)
         log_scale = None
         if scales is not None:
@@ -163,7 +164,7 @@ class QATLayer(nn.Module):
         if torch.is_grad_enabled() and (
             input.requires_grad or any(p.requires_grad for p in self.parameters())
         ):
-            y = _ValueOf.apply(self._fake_forward(input), y)
+            y = apply(_ValueOf, self._fake_forward(input), y)
         return y
 
     def _fake_forward(self, x: Tensor) -> Tensor:
@@ -238,8 +239,8 @@ class QATLayer(nn.Module):
         scales = unit_scales(self.initial_scale, self.log_scale)
         return round_to_scales(matrix, scales, fmt, scheme.group_size, valid)
 
-    def deployed(self) -> nn.Module:
-        """The layer that eval mode runs: `deploy()`, kept until something that it depends on changes.
+    def deployed(self) -> Any:
+        """The layer that eval mode runs: `deploy()`, kept until what it depends on changes.
 
         Contents are compared, bit by bit: version counters do not see every change (`p.data`,
         NumPy views, other processes).
@@ -324,7 +325,7 @@ class _Convolution(QATLayer):
     padding: Any
     dilation: Any
     groups: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
     def _check(self, x: Any) -> None:

@@ -24,7 +24,7 @@ from lowbit.qat.layers import LAYERS, QATLayer
 from lowbit.report import Entry, count_bytes, entry_of, own_tensors, set_entry
 
 # What a layer has beside its float layer's attributes and does not hand on when it is deployed.
-_OWN = ("scheme", "_fqn", "_deployed", "_lowbit_entry")
+_OWN = ("scheme", "norm", "_fqn", "_deployed", "_lowbit_entry")
 
 
 def prepare_qat(
