@@ -110,7 +110,7 @@ def test_any_optimizer_lowers_the_loss_and_is_seen_by_eval_mode(name, scheme):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     prepared.eval()
     with torch.no_grad():
         before = prepared(x)
