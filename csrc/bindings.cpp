@@ -313,6 +313,7 @@ PYBIND11_MODULE(_core, m) {
         return tap_channels(format_named(format), channels);
       },
       "format"_a, "channels_per_group"_a);
+  m.def("conv2d_blocks", &conv2d_blocks, "out_channels"_a, "groups"_a);
 
   m.def("linear", &call_linear, "x"_a, "m"_a, "y"_a, "format"_a, "activation"_a, "n"_a, "k"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,

@@ -1,11 +1,13 @@
 // The Conv2d op: quantize the images to NHWC codes, then blocks of output pixels. A block copies
 // its receptive fields to rows (im2col, a block at a time) and multiplies them as Linear does; a
-// 1x1 convolution needs no copy; a depthwise one has a microkernel of its own.
+// 1x1 convolution needs no copy; depthwise ones and those of many groups have microkernels of their
+// own.
 #include <algorithm>
 #include <optional>
 
 #include "depthwise.h"
 #include "dispatch.h"
+#include "grouped.h"
 #include "im2col.h"
 #include "lowbit.h"
 #include "parallel.h"
@@ -18,8 +20,7 @@ int64_t tap_channels(Format format, int64_t channels_per_group) {
 }
 
 int64_t conv2d_depth(Format format, const Conv2dGeometry& g) {
-  const int64_t taps = g.kernel_h * g.kernel_w;
-  return g.depthwise() ? taps : taps * tap_channels(format, g.channels / g.groups);
+  return g.kernel_h * g.kernel_w * tap_channels(format, g.channels / g.groups);
 }
 
 namespace {
@@ -42,16 +43,63 @@ Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& 
   return w;
 }
 
-// How many blocks an image is cut into: they fit the cache, and there is one for each thread. A
-// block is a range of pixels, or of whole rows for a depthwise convolution.
-int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int threads) {
+// How many blocks an image is cut into: they fit the cache, and there is one for each of `parts`
+// threads. A block is a range of pixels, or of whole rows for a depthwise convolution.
+int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int parts) {
   const int64_t units = g.depthwise() ? g.out_height : g.out_height * g.out_width;
   const int64_t bytes = g.depthwise() ? g.out_width * g.out_channels * 4 : weights.k;
   const int64_t block = std::clamp(kBlockBytes / std::max<int64_t>(bytes, 1),
                                    g.depthwise() ? 1 : kMinBlock, kMaxBlock);
-  const int64_t wanted = std::max(ceil_div(units, block), ceil_div(threads, g.batch));
-  return std::min(units, round_up(wanted, g.batch % threads == 0 ? 1 : threads));
+  return std::min(units, round_up(std::max(ceil_div(units, block), int64_t{parts}), parts));
 }
+
+// What differs between kinds of convolutions: how a block of output pixels is computed.
+class Layer {
+ public:
+  Layer(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights, const Depth& depth,
+        Activation activation, const Images& images, Scratch& scratch)
+      : kernel_(kernel), geometry_(g), weights_(weights), depth_(depth), images_(images) {
+    if (g.depthwise()) {
+      depthwise_.emplace(kernel, g, weights, depth, activation, scratch);
+    } else if (is_fine_grouped(g, weights, activation)) {
+      grouped_.emplace(kernel, g, weights, images, scratch);
+    } else if (g.blocks() < g.groups) {
+      uint8_t* packed;
+      scratch.cut(piece(packed, g.groups * depth.steps * kVectorBytes));
+      separate_groups(g, weights, depth, packed);
+      weights_.packed = packed;
+    }
+  }
+
+  // Whether threads may share the channels of a block.
+  bool by_channels() const { return geometry_.groups == 1; }
+
+  // Output pixels [first, first + count), those of `channels` alone where threads share them, to y
+  // [count][out_channels].
+  void run(int64_t image, int64_t first, int64_t count, Range channels, float* y) const {
+    static thread_local Scratch scratch;
+    const Conv2dGeometry& g = geometry_;
+    if (depthwise_)
+      return depthwise(kernel_, g, weights_, depth_, *depthwise_, images_, image,
+                       first / g.out_width, (first + count) / g.out_width, y);
+    if (grouped_) return grouped_->run(images_, image, first, count, y, scratch);
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
+    const int64_t n = g.out_channels / g.groups;
+    for (int64_t group = 0; group < g.groups; ++group)
+      gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
+           columns.fill(image, first, count, group), channels.begin, std::min(channels.end, n),
+           y + group * n, g.out_channels);
+  }
+
+ private:
+  const Kernel& kernel_;
+  const Conv2dGeometry& geometry_;
+  Weights weights_;
+  const Depth& depth_;
+  const Images& images_;
+  std::optional<DepthwiseWeights> depthwise_;
+  std::optional<Grouped> grouped_;
+};
 
 // As many images as one pass quantizes at once.
 void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights,
@@ -65,40 +113,43 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
   const bool use_bits = traits(weights.format).bits == 1 && activation == Activation::binary &&
                         !g.depthwise() && width >= traits(weights.format).depth() &&
                         !weights.group_zero;
-  static thread_local Scratch scratch;
-  Images images(kernel, g, activation, use_bits, scratch);
+  static thread_local Scratch scratch, weights_scratch;
+  Images images(kernel, g, activation, use_bits, tap_channels(weights.format, width),
+                !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth),
+                scratch);
+  const Layer layer(kernel, g, weights, depth, activation, images, weights_scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
-  const int64_t blocks = blocks_per_image(g, weights, threads);
-  const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide
-  static thread_local Scratch weights_scratch;
-  std::optional<DepthwiseWeights> expanded;
-  if (g.depthwise()) expanded.emplace(g, weights, depth, weights_scratch);
 
   parallel(threads, [&](int thread, int team) {
+    static thread_local Scratch block_scratch;
     images.quantize(x, thread, team);
-    static thread_local Scratch rows_scratch, block_scratch;
-    const Range mine = part(g.batch * blocks, thread, team);
+    // Threads share images, or the pixels of each, or its channels where these have more weights
+    // than the pixels have activations: what they share, they need not all read.
+    const bool own = g.batch % team == 0;
+    const bool by_channels = !own && layer.by_channels() && g.y_channels_last &&
+                             weights.n * traits(weights.format).bits > pixels * 8;
+    const int64_t blocks = blocks_per_image(g, weights, own || by_channels ? 1 : team);
+    const Range mine =
+        by_channels ? Range{0, g.batch * blocks} : part(g.batch * blocks, thread, team);
+    Range channels{0, weights.n};
+    if (by_channels) {
+      channels = part(ceil_div(weights.n, kernel.nr), thread, team);
+      channels = {channels.begin * kernel.nr, std::min(weights.n, channels.end * kernel.nr)};
+    }
+    const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
       const Range block = part(pixels / unit, b % blocks, blocks);
       const int64_t first = block.begin * unit, count = (block.end - block.begin) * unit;
-      float* out = y + (image * pixels + first) * g.out_channels;
-      if (!g.y_channels_last) {
-        block_scratch.cut(piece(out, count * g.out_channels));
+      float* const to = y + image * pixels * g.out_channels;
+      if (g.y_channels_last) {
+        layer.run(image, first, count, channels, to + first * g.out_channels);
+        continue;
       }
-      if (g.depthwise()) {
-        depthwise(kernel, g, weights, depth, *expanded, images, image, block.begin, block.end, out);
-      } else {
-        Columns columns(kernel, g, weights, depth, images, count, rows_scratch);
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const Weights w = group_weights(weights, g, depth, group);
-          gemm(kernel, w, depth, columns.fill(image, first, count, group), 0, w.n,
-               out + group * w.n, g.out_channels);
-        }
-      }
-      if (!g.y_channels_last)
-        kernel.transpose(count, g.out_channels, out, y + image * pixels * g.out_channels + first,
-                         pixels);
+      float* out;
+      block_scratch.cut(piece(out, count * g.out_channels));
+      layer.run(image, first, count, channels, out);
+      kernel.transpose(count, g.out_channels, out, to + first, pixels);
     }
   });
 }

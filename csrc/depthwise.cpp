@@ -5,35 +5,41 @@
 
 namespace lowbit {
 
-DepthwiseWeights::DepthwiseWeights(const Conv2dGeometry& g, const Weights& weights,
-                                   const Depth& depth, Scratch& scratch)
+DepthwiseWeights::DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& g,
+                                   const Weights& weights, const Depth& depth,
+                                   Activation activation, Scratch& scratch)
     : quads_(static_cast<int>(ceil_div(g.kernel_h, 4))),
-      places_(g.kernel_w * quads_),
+      outputs_(1),
+      groups_(depth.groups),
       panels_(packed_panels(g.out_channels)) {
-  const FormatTraits& f = traits(weights.format);
-  const int64_t bytes = depth.groups * places_ * panels_ * kVectorBytes,
-                zeros = depth.groups * places_ * 4;
-  scratch.cut(piece(codes_, bytes), piece(zeros_, zeros));
+  // What the next row of outputs needs is in the same quads; sums of groups or planes are combined
+  // row by row.
+  const bool shares = g.dilation_h == 1 && g.kernel_h + g.stride_h <= 4 * quads_;
+  if (shares && !weights.group_scale && planes(activation) == 1) outputs_ = 2;
+  const int64_t places = g.kernel_w * quads_;
+  panel_bytes_ = outputs_ * places * kVectorBytes;
+  const int64_t sets = (weights.group_zero ? 2 : 1) * groups_;
+  const int64_t bytes = sets * panels_ * panel_bytes_, seeds = sets * panels_ * kPanel;
+  scratch.cut(piece(codes_, bytes), piece(seed_, seeds));
   std::memset(codes_, 0, static_cast<size_t>(bytes));
-  std::memset(zeros_, 0, static_cast<size_t>(zeros));
+  std::memset(seed_, 0, static_cast<size_t>(seeds) * sizeof(*seed_));
 
-  const uint32_t mask = (1u << f.bits) - 1;
-  for (int64_t group = 0; group < depth.groups; ++group) {
-    const Depth::Chunk chunk = depth.chunk(group, 0);
+  const FormatTraits& f = traits(weights.format);
+  for (int64_t set = 0; set < sets; ++set) {
+    const bool ones = set >= groups_;
+    const Depth::Chunk chunk = depth.chunk(set % groups_, 0);
     for (int64_t k = chunk.k; k < chunk.k + chunk.size; ++k) {
-      const int64_t ky = k / g.kernel_w, kx = k % g.kernel_w, in = k % f.depth();
-      const int64_t place = group * places_ + kx * quads_ + ky / 4;
-      const int from = static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
-                to = static_cast<int>(ky % 4 * 8);
-      zeros_[place * 4 + ky % 4] = static_cast<int8_t>(-f.add);  // 128 as an unsigned byte
-      for (int64_t panel = 0; panel < panels_; ++panel) {
-        const uint8_t* src = weights.packed + (panel * depth.steps + k / f.depth()) * kVectorBytes;
-        uint8_t* dst = codes_ + (place * panels_ + panel) * kVectorBytes;
-        uint32_t v[kPanel], out[kPanel];
-        std::memcpy(v, src, kVectorBytes);
-        std::memcpy(out, dst, kVectorBytes);
-        for (int c = 0; c < kPanel; ++c) out[c] |= (v[c] >> from & mask) << f.shift() << to;
-        std::memcpy(dst, out, kVectorBytes);
+      const int64_t in = k % f.depth();
+      TapField field{static_cast<int>(in % 4 * 8 + in / 4 * f.bits), f.bits, f.shift(), f.add, 0};
+      if (ones) field = {0, 0, 0, 1, 0};
+      for (int r = 0; r < outputs_; ++r) {
+        const int64_t row = k / g.kernel_w + r * g.stride_h;
+        const int64_t place = (r * g.kernel_w + k % g.kernel_w) * quads_ + row / 4;
+        field.to = static_cast<int>(row % 4 * 8);
+        kernel.spread_tap(weights.packed + k / f.depth() * kVectorBytes, depth.steps * kVectorBytes,
+                          static_cast<int>(panels_), field,
+                          codes_ + set * panels_ * panel_bytes_ + place * kVectorBytes,
+                          panel_bytes_, r == 0 ? seed_ + set * panels_ * kPanel : nullptr);
       }
     }
   }
@@ -41,7 +47,7 @@ DepthwiseWeights::DepthwiseWeights(const Conv2dGeometry& g, const Weights& weigh
 
 namespace {
 
-constexpr int kTilePixels = 16;  // that share one call of the microkernel
+constexpr int kTilePixels = 16;  // of sums that are not outputs
 constexpr int kMaxPlanes = 2;
 
 class Depthwise {
@@ -55,61 +61,102 @@ class Depthwise {
         depth_(depth),
         expanded_(expanded),
         images_(images),
-        traits_(traits(weights.format)),
-        column_(images.pitch() * 4),
-        row_columns_(std::max((geometry.out_width - 1) * geometry.stride_w +
-                                  (geometry.kernel_w - 1) * geometry.dilation_w + 1,
-                              geometry.pad_left + geometry.width)) {
-    const int64_t tile = int64_t{kTilePixels} * kernel.nr, scales = depth.groups * kernel.nr;
-    const int64_t quad = row_columns_ * column_,
-                  columns = quad * expanded.quads() * images.planes();
-    scratch.cut(piece(acc_, tile * kMaxPlanes), piece(sums_, tile * kMaxPlanes),
-                piece(value_, tile), piece(total_, tile), piece(wide_, tile),
-                piece(group_scale_, scales), piece(group_zero_, scales),
-                piece(row_scale_, kTilePixels), piece(offsets_, expanded.places()),
-                piece(columns_, columns), piece(zero_row_, geometry.width * images.pitch()));
-    for (int i = 0; i < expanded.places(); ++i)
-      offsets_[i] =
-          i / expanded.quads() * geometry.dilation_w * column_ + i % expanded.quads() * quad;
-    std::memset(columns_, 0, static_cast<size_t>(columns));  // the margins stay zero
-    std::memset(zero_row_, 0, static_cast<size_t>(geometry.width * images.pitch()));
+        whole_(geometry.out_channels / kPanel * kPanel),
+        in_tile_(!weights.group_scale && images.planes() == 1) {
+    const int64_t tile = in_tile_ ? 0 : int64_t{kTilePixels} * kernel.nr;
+    const int64_t scales = depth.groups * kernel.nr, channels = images.pitch();
+    scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
+                piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),
+                piece(row_scale_, kTilePixels), piece(rows_, expanded.quads() * 4),
+                piece(columns_, images.width() * expanded.quads() * kVectorBytes),
+                piece(scale_, channels), piece(bias_, channels),
+                piece(last_, expanded.outputs() * geometry.out_width * kPanel));
+    std::fill_n(scale_, channels, 0.0f);
+    std::fill_n(bias_, channels, 0.0f);
+    if (weights.bias) std::copy_n(weights.bias, geometry.out_channels, bias_);
+
+    tile_.rows = rows_;
+    tile_.width = images.width();
+    tile_.pitch = images.pitch();
+    tile_.quads = expanded.quads();
+    tile_.taps = static_cast<int>(geometry.kernel_w);
+    tile_.dilation = geometry.dilation_w;
+    tile_.pixels = geometry.out_width;
+    tile_.stride = geometry.stride_w;
+    tile_.columns = columns_;
+    tile_.w_stride = expanded.panel_bytes();
   }
 
   void run(int64_t image, int64_t begin, int64_t end, float* y) {
-    const Conv2dGeometry& g = geometry_;
-    std::fill_n(row_scale_, kTilePixels, images_.scale(image));
-    for (int64_t row = begin; row < end; ++row, y += g.out_width * g.out_channels) {
-      make_columns(image, row * g.stride_h - g.pad_top);
-      for (int64_t c = 0; c < g.out_channels; c += kernel_.nr) {
-        const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
-        expand_scales(c, cols);
-        for (int64_t x = 0; x < g.out_width; x += kTilePixels) {
-          const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, g.out_width - x));
-          const float* f = channels(x, c, cols, pixels);
-          kernel_.finish(pixels, cols, f, row_scale_, weights_.scale + c,
-                         weights_.bias ? weights_.bias + c : nullptr, y + x * g.out_channels + c,
-                         g.out_channels);
-        }
-      }
+    const float scale = images_.scale(image);
+    for (int64_t c = 0; c < geometry_.out_channels; ++c) scale_[c] = scale * weights_.scale[c];
+    std::fill_n(row_scale_, kTilePixels, scale);
+    const int64_t row = geometry_.out_width * geometry_.out_channels;
+    for (int64_t at = begin; at < end;) {
+      const int count = static_cast<int>(std::min<int64_t>(expanded_.outputs(), end - at));
+      float* const out = y + (at - begin) * row;
+      if (in_tile_)
+        run_tile(image, at, count, out);
+      else
+        run_in_parts(image, at, out);
+      at += count;
     }
   }
 
  private:
-  // The columns of the image's rows from `top`, for each plane and quad; rows outside the image are
-  // zeros.
-  void make_columns(int64_t image, int64_t top) {
+  // The rows of the padded image that a row of outputs reads; some that are there where the kernel
+  // has none.
+  void set_rows(int64_t image, int plane, int64_t row, int64_t x) {
+    const int64_t top = row * geometry_.stride_h, last = images_.height() - 1;
+    for (int64_t i = 0; i < expanded_.quads() * 4; ++i)
+      rows_[i] = images_.pixel(image, plane, std::min(top + i * geometry_.dilation_h, last), x);
+  }
+
+  void run_tile(int64_t image, int64_t row, int count, float* y) {
+    const int64_t channels = geometry_.out_channels, width = geometry_.out_width;
+    set_rows(image, 0, row, 0);
+    tile_.outputs = count;
+    set_panels(0, static_cast<int>(whole_ / kPanel), 0);
+    tile_.y = y;
+    tile_.y_pitch = channels;
+    tile_.y_row = width * channels;
+    kernel_.depthwise(tile_);
+    if (whole_ == channels) return;
+    set_panels(whole_, 1, 0);
+    tile_.y = last_;
+    tile_.y_pitch = kPanel;
+    tile_.y_row = width * kPanel;
+    kernel_.depthwise(tile_);
+    for (int64_t i = 0; i < count * width; ++i)
+      std::copy_n(last_ + i * kPanel, channels - whole_, y + i * channels + whole_);
+  }
+
+  // The panels from channel `c` on; their pixels, relative to the rows'.
+  void set_panels(int64_t c, int panels, int64_t group, bool ones = false) {
+    tile_.first = c;
+    tile_.panels = panels;
+    tile_.w = expanded_.codes(group, c / kPanel, ones);
+    tile_.seed = expanded_.seed(group, c / kPanel, ones);
+    tile_.scale = scale_ + c;
+    tile_.bias = bias_ + c;
+  }
+
+  void run_in_parts(int64_t image, int64_t row, float* y) {
     const Conv2dGeometry& g = geometry_;
-    int8_t* out = columns_ + g.pad_left * column_;
-    for (int plane = 0; plane < images_.planes(); ++plane)
-      for (int q = 0; q < expanded_.quads(); ++q, out += row_columns_ * column_) {
-        const int8_t* rows[4];
-        for (int64_t j = 0; j < 4; ++j) {
-          const int64_t ky = 4 * q + j, y = top + ky * g.dilation_h;
-          const bool inside = ky < g.kernel_h && y >= 0 && y < g.height;
-          rows[j] = inside ? images_.pixel(image, plane, y, 0) : zero_row_;
-        }
-        kernel_.interleave4(rows, g.width * images_.pitch(), out);
+    tile_.outputs = 1;
+    for (int64_t c = 0; c < g.out_channels; c += kernel_.nr) {
+      const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
+      expand_scales(c, cols);
+      for (int64_t x = 0; x < g.out_width; x += kTilePixels) {
+        const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, g.out_width - x));
+        tile_.pixels = pixels;
+        tile_.width = (pixels - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+        const float* f = channels(image, row, x, c, cols);
+        kernel_.finish(pixels, cols, f, row_scale_, weights_.scale + c,
+                       weights_.bias ? weights_.bias + c : nullptr, y + x * g.out_channels + c,
+                       g.out_channels);
       }
+    }
   }
 
   void expand_scales(int64_t c, int cols) {
@@ -122,48 +169,34 @@ class Depthwise {
   }
 
   // The sums of a tile as floats, groups combined.
-  const float* channels(int64_t x, int64_t c, int cols, int pixels) {
+  const float* channels(int64_t image, int64_t row, int64_t x, int64_t c, int cols) {
+    const int pixels = static_cast<int>(tile_.pixels);
     if (weights_.group_scale)
       std::memset(total_, 0, sizeof(float) * static_cast<size_t>(pixels * kernel_.nr));
     for (int64_t group = 0; group < depth_.groups; ++group) {
-      integers(x, c, cols, pixels, group);
-      to_float(pixels, acc_);
+      sum(image, row, x, c, cols, group, false);
       if (!weights_.group_scale) return value_;
       kernel_.madd(pixels, group_scale_ + group * kernel_.nr, value_, total_);
       if (!weights_.group_zero) continue;
-      unscale_sums(pixels);
-      to_float(pixels, sums_);
+      sum(image, row, x, c, cols, group, true);
       kernel_.madd(pixels, group_zero_ + group * kernel_.nr, value_, total_);
     }
     return total_;
   }
 
-  void integers(int64_t x, int64_t c, int cols, int pixels, int64_t group) {
-    const Conv2dGeometry& g = geometry_;
-    const int64_t plane_bytes = row_columns_ * column_ * expanded_.quads();
-    for (int plane = 0; plane < images_.planes(); ++plane) {
-      const int64_t at = plane * int64_t{kTilePixels} * kernel_.nr;
-      kernel_.depthwise[traits_.bits == 8 ? 0 : 1](
-          pixels, columns_ + plane * plane_bytes + x * g.stride_w * column_ + c * 4,
-          g.stride_w * column_, expanded_.places(), offsets_, expanded_.codes(group, c / kPanel),
-          expanded_.stride(), expanded_.zeros(group), (cols + kPanel - 1) / kPanel, acc_ + at,
-          weights_.group_zero ? sums_ + at : nullptr);
-    }
-  }
-
-  // The microkernel's sums are of zero * activation: exact multiples.
-  void unscale_sums(int pixels) {
-    for (int plane = 0; plane < images_.planes(); ++plane) {
-      int32_t* sums = sums_ + plane * int64_t{kTilePixels} * kernel_.nr;
-      for (int64_t i = 0; i < int64_t{pixels} * kernel_.nr; ++i) sums[i] /= -traits_.add;
-    }
-  }
-
   // value_ = exact integers of both planes, rounded to float once.
-  void to_float(int pixels, const int32_t* v) {
-    if (images_.planes() == 1) return kernel_.to_float(pixels, v, value_);
-    const int64_t size = int64_t{pixels} * kernel_.nr, lo = int64_t{kTilePixels} * kernel_.nr;
-    for (int64_t i = 0; i < size; ++i) wide_[i] = 256.0 * v[i] + v[lo + i];
+  void sum(int64_t image, int64_t row, int64_t x, int64_t c, int cols, int64_t group, bool ones) {
+    const int64_t plane_size = int64_t{kTilePixels} * kernel_.nr;
+    const int pixels = static_cast<int>(tile_.pixels);
+    for (int plane = 0; plane < images_.planes(); ++plane) {
+      set_rows(image, plane, row, x * geometry_.stride_w);
+      set_panels(c, (cols + kPanel - 1) / kPanel, group, ones);
+      tile_.acc = acc_ + plane * plane_size;
+      kernel_.depthwise(tile_);
+    }
+    if (images_.planes() == 1) return kernel_.to_float(pixels, acc_, value_);
+    for (int64_t i = 0; i < int64_t{pixels} * kernel_.nr; ++i)
+      wide_[i] = 256.0 * acc_[i] + acc_[plane_size + i];
     kernel_.narrow(pixels, wide_, value_);
   }
 
@@ -173,14 +206,14 @@ class Depthwise {
   const Depth& depth_;
   const DepthwiseWeights& expanded_;
   const Images& images_;
-  const FormatTraits& traits_;
-  const int64_t column_;       // bytes
-  const int64_t row_columns_;  // columns of an output row, margins included
-  int32_t *acc_, *sums_;
-  float *value_, *total_, *group_scale_, *group_zero_, *row_scale_;
+  const int64_t whole_;  // channels of whole panels
+  const bool in_tile_;   // the microkernel ends with outputs
+  DepthwiseTile tile_{};
+  int32_t* acc_;
+  float *value_, *total_, *group_scale_, *group_zero_, *row_scale_, *scale_, *bias_, *last_;
   double* wide_;
-  ptrdiff_t* offsets_;
-  int8_t *columns_, *zero_row_;
+  const int8_t** rows_;
+  uint8_t* columns_;
 };
 
 }  // namespace

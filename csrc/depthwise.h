@@ -1,35 +1,33 @@
 // Depthwise convolution: every channel has its own taps.
-//
-// Four rows of the image are interleaved to *columns* (16 channels x 4 rows are one 64-byte
-// vector), once for an output row; a column then meets the weights of each tap of the kernel's
-// width by one dot product of four rows.
 #pragma once
 
 #include "images.h"
 
 namespace lowbit {
 
-// The weights for that: for each group of K, tap across and quad of rows (a *place*), the codes as
-// bytes, times the format's mul, and its zero point -add where a row counts. Made anew at each call
-// (they are small), in `scratch`, which must outlive it.
+// The weights as DepthwiseTile wants them, for each group of K. Made anew at each call (they are
+// small), in `scratch`, which must outlive it.
 class DepthwiseWeights {
  public:
-  DepthwiseWeights(const Conv2dGeometry& geometry, const Weights& weights, const Depth& depth,
-                   Scratch& scratch);
+  DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
+                   const Depth& depth, Activation activation, Scratch& scratch);
 
   int quads() const { return quads_; }
-  int places() const { return static_cast<int>(places_); }
-  ptrdiff_t stride() const { return panels_ * kVectorBytes; }  // from a place to the next
-  const uint8_t* codes(int64_t group, int64_t panel) const {
-    return codes_ + (group * places_ * panels_ + panel) * kVectorBytes;
+  int outputs() const { return outputs_; }  // rows of outputs that share columns
+  int64_t panel_bytes() const { return panel_bytes_; }
+  // From `panel` on; `ones`: as if every weight were 1.
+  const int8_t* codes(int64_t group, int64_t panel, bool ones = false) const {
+    return codes_ + ((ones * groups_ + group) * panels_ + panel) * panel_bytes_;
   }
-  const int8_t* zeros(int64_t group) const { return zeros_ + group * places_ * 4; }
+  const int32_t* seed(int64_t group, int64_t panel, bool ones = false) const {
+    return seed_ + ((ones * groups_ + group) * panels_ + panel) * kPanel;
+  }
 
  private:
-  int quads_;
-  int64_t places_, panels_;
-  uint8_t* codes_;
-  int8_t* zeros_;
+  int quads_, outputs_;
+  int64_t groups_, panels_, panel_bytes_;
+  int8_t* codes_;
+  int32_t* seed_;
 };
 
 // Output rows [begin, end) of an image, all channels, to y [rows][out_width][out_channels].

@@ -50,7 +50,8 @@ const float* padded(const float* from, int count, float* room) {
 // Measured, see README.md.
 constexpr int64_t prefetch_steps(int rows) { return rows <= 2 ? 128 : 64; }
 
-// Up to so many tall tiles, where reading the weights once or from the first cache counts most.
+// Up to so many tall tiles, where reading the weights once or from the first cache counts most; and
+// any number of them where the channels are no more.
 constexpr int64_t kTallTiles = 2;
 
 // A block of channels of one thread, and its tiles.
@@ -62,7 +63,8 @@ class Block {
         weights_(weights),
         depth_(depth),
         rows_(rows),
-        tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr),
+        tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
+              weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
         tiles_(ceil_div(rows.count, (tall_ ? kernel.tall_mr : kernel.mr) / rows.planes)) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;

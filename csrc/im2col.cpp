@@ -8,130 +8,148 @@ namespace {
 
 bool is_pointwise(const Conv2dGeometry& g) {
   return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.pad_top == 0 && g.pad_left == 0 && g.out_height == g.height && g.out_width == g.width &&
-         g.groups == 1;
+         g.pad_top == 0 && g.pad_left == 0 && g.out_height == g.height && g.out_width == g.width;
 }
 
 }  // namespace
 
-Columns::Columns(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
+bool Columns::wants_sums(const Conv2dGeometry& g, const Weights& weights, const Depth& depth) {
+  // Merged taps have few channels: their rows are summed faster than their pixels.
+  const int64_t width = g.channels / g.groups;
+  return !g.depthwise() && depth.chunks() == 1 && width >= traits(weights.format).depth();
+}
+
+Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
                  const Depth& depth, const Images& images, int64_t block, Scratch& scratch)
     : kernel_(kernel),
-      geometry_(geometry),
+      geometry_(g),
       depth_(depth),
       images_(images),
       k_(weights.k),
-      width_(geometry.channels / geometry.groups),
+      bytes_(images.use_bits() ? depth.steps * 4 : weights.k),
+      width_(g.channels / g.groups),
       tap_(tap_channels(weights.format, width_)),
-      in_place_(is_pointwise(geometry) && !images.use_bits() && images.planes() == 1 &&
-                tap_ == width_ && k_ % traits(weights.format).depth() == 0) {
-  const int64_t rows = block * images.planes();
+      pixel_sums_(wants_sums(g, weights, depth)),
+      clears_padding_(!pixel_sums_ && !images.use_bits() && g.groups > 1 && tap_ > width_),
+      in_place_(is_pointwise(g) && images.planes() == 1 && !clears_padding_) {
   const bool bits = images.use_bits();
-  pitch_ = bits ? depth.steps : round_up(std::max<int64_t>(k_, 1), 64);
+  const int64_t taps = g.kernel_h * g.kernel_w, tap = bytes_ / std::max<int64_t>(taps, 1);
+  // Neighbouring taps that are neighbours in memory as well are copied at once.
+  const bool runs = g.dilation_w == 1 && tap == images.pitch();
+  segment_count_ = runs ? g.kernel_h : taps;
+  segment_bytes_ = runs ? g.kernel_w * tap : tap;
+  // What is written behind a row must not reach another plane's, which was written before. A pitch
+  // of a power of two would put all rows into the same cache sets.
+  const int64_t behind = images.planes() == 2 ? kVectorBytes - 1 : 0;
+  pitch_ = round_up(std::max<int64_t>(bytes_ + behind, 1), kVectorBytes);
+  if (pitch_ % 1024 == 0) pitch_ += kVectorBytes;
   if (in_place_) pitch_ = images.pitch();
-  const int64_t codes = bits || in_place_ ? 0 : rows * pitch_;
-  const int64_t words = bits ? block * pitch_ : 0;
-  scratch.cut(piece(codes_, codes), piece(bits_, words), piece(mask_, words),
-              piece(sums_, rows * depth.chunks()), piece(scale_, block));
+  const int64_t rows = block * images.planes();
+  const int64_t size = in_place_ ? 0 : rows * pitch_ + kVectorBytes;
+  scratch.cut(piece(segments_, taps), piece(codes_, size),
+              piece(mask_, bits && images.padded() ? size : 0), piece(sums_, rows * depth.chunks()),
+              piece(scale_, block));
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t ky = runs ? t : t / g.kernel_w, kx = runs ? 0 : t % g.kernel_w;
+    segments_[t] = (ky * g.dilation_h * images.width() + kx * g.dilation_w) * images.pitch();
+  }
 }
 
 Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
   const Conv2dGeometry& g = geometry_;
   const int planes = images_.planes();
+  const bool bits = images_.use_bits();
   std::fill_n(scale_, count, images_.scale(image));
+  if (pixel_sums_) std::memset(sums_, 0, static_cast<size_t>(count * planes) * sizeof(*sums_));
+  for (int64_t i = 0; i < count;) {
+    const int64_t y = (first + i) / g.out_width, x = (first + i) % g.out_width;
+    const Run run{i, std::min(count - i, g.out_width - x), y * g.stride_h, x * g.stride_w};
+    if (!in_place_) {
+      for (int p = 0; p < planes; ++p)
+        gather(run, images_.pixel(image, p, run.y, run.x), group, codes_ + p * pitch_, planes);
+      if (mask_) gather(run, images_.mask(run.y, run.x), group, mask_, 1);
+    }
+    if (pixel_sums_) add_sums(run, image, group);
+    i += run.count;
+  }
+
+  const int8_t* const codes =
+      in_place_ ? images_.pixel(image, 0, 0, 0) + first * pitch_ + group * images_.group_bytes()
+                : codes_;
   Rows rows;
   rows.count = count;
   rows.planes = planes;
-  rows.pitch = pitch_;
   rows.scale = scale_;
   rows.sums = sums_;
-  rows.bits = bits_;
-  rows.mask = mask_;
-  if (!bits_) rows.codes = in_place_ ? images_.pixel(image, 0, 0, 0) + first * pitch_ : codes_;
-
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t top = (first + i) / g.out_width * g.stride_h - g.pad_top;
-    const int64_t left = (first + i) % g.out_width * g.stride_w - g.pad_left;
-    if (bits_) {
-      copy_bits(bits_ + i * pitch_, mask_ + i * pitch_, image, top, left, group);
-      count_bits(mask_ + i * pitch_, sums_ + i * depth_.chunks());
-      continue;
-    }
-    for (int p = 0; p < planes; ++p) {
-      const int64_t row = i * planes + p;
-      if (!in_place_) copy_codes(codes_ + row * pitch_, image, p, top, left, group);
-      depth_.sum(kernel_, rows.codes + row * pitch_, sums_ + row * depth_.chunks());
-    }
+  rows.pitch = bits ? pitch_ / 4 : pitch_;
+  if (bits) {
+    rows.bits = reinterpret_cast<const uint32_t*>(codes);
+    rows.mask = reinterpret_cast<const uint32_t*>(mask_);
+  } else {
+    rows.codes = codes;
   }
+  if (clears_padding_) clear_padding(count * planes);
+  if (!pixel_sums_) sum_rows(rows);
   return rows;
 }
 
-void Columns::copy_codes(int8_t* row, int64_t image, int plane, int64_t top, int64_t left,
-                         int64_t group) const {
-  const Conv2dGeometry& g = geometry_;
-  const int8_t* end = row + pitch_;
-  // Neighbouring taps that are neighbours in memory as well are copied at once.
-  const bool runs = g.dilation_w == 1 && tap_ == images_.pitch();
-  const int64_t x_begin = left >= 0 ? 0 : std::min(g.kernel_w, ceil_div(-left, g.dilation_w));
-  const int64_t x_end = std::clamp<int64_t>(
-      ceil_div(std::max<int64_t>(g.width - left, 0), g.dilation_w), x_begin, g.kernel_w);
-  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-    const int64_t y = top + ky * g.dilation_h;
-    const int64_t row_bytes = g.kernel_w * tap_;
-    if (y < 0 || y >= g.height || x_begin == x_end) {
-      std::memset(row, 0, static_cast<size_t>(row_bytes));
-    } else if (runs) {
-      std::memset(row, 0, static_cast<size_t>(x_begin * tap_));
-      std::memcpy(row + x_begin * tap_, images_.pixel(image, plane, y, left + x_begin),
-                  static_cast<size_t>((x_end - x_begin) * tap_));
-      std::memset(row + x_end * tap_, 0, static_cast<size_t>((g.kernel_w - x_end) * tap_));
-    } else {
-      for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-        int8_t* tap = row + kx * tap_;
-        const bool inside = kx >= x_begin && kx < x_end;
-        const int64_t width = inside ? width_ : 0;
-        if (inside)
-          std::memcpy(tap,
-                      images_.pixel(image, plane, y, left + kx * g.dilation_w) + group * width_,
-                      static_cast<size_t>(width_));
-        std::memset(tap + width, 0, static_cast<size_t>(tap_ - width));
-      }
-    }
-    row += row_bytes;
-  }
-  std::memset(row, 0, static_cast<size_t>(end - row));
+// Rows `every` apart.
+void Columns::gather(const Run& run, const int8_t* from, int64_t group, int8_t* to, int every) {
+  kernel_.gather(from + group * images_.group_bytes(), geometry_.stride_w * images_.pitch(),
+                 run.count, segments_, segment_count_, segment_bytes_,
+                 to + run.row * every * pitch_, every * pitch_);
 }
 
-void Columns::copy_bits(uint32_t* row, uint32_t* mask, int64_t image, int64_t top, int64_t left,
-                        int64_t group) const {
+// A row's sum is that of its taps' pixels.
+void Columns::add_sums(const Run& run, int64_t image, int64_t group) {
   const Conv2dGeometry& g = geometry_;
-  const int64_t words = images_.words();
-  const size_t bytes = static_cast<size_t>(words) * sizeof(uint32_t);
-  for (int64_t ky = 0; ky < g.kernel_h; ++ky)
-    for (int64_t kx = 0; kx < g.kernel_w; ++kx, row += words, mask += words) {
-      const int64_t y = top + ky * g.dilation_h, x = left + kx * g.dilation_w;
-      if (images_.inside(y, x)) {
-        std::memcpy(row, images_.bits(image, y, x, group), bytes);
-        std::memset(mask, 0xff,
-                    bytes);  // beyond the channels both bits are 0: no agreement is counted
-      } else {
-        std::memset(row, 0, bytes);
-        std::memset(mask, 0, bytes);
+  const int64_t stride = g.stride_w * g.groups;
+  const int planes = images_.planes();
+  for (int p = 0; p < planes; ++p) {
+    int32_t* const to = sums_ + run.row * planes + p;
+    for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+        const int32_t* const from =
+            images_.sums(image, p, run.y + ky * g.dilation_h, run.x + kx * g.dilation_w) + group;
+        if (planes == 1 && stride == 1)
+          for (int64_t i = 0; i < run.count; ++i) to[i] += from[i];
+        else
+          for (int64_t i = 0; i < run.count; ++i) to[i * planes] += from[i * stride];
       }
-    }
+  }
+}
+
+void Columns::sum_rows(const Rows& rows) {
+  const int64_t count = rows.count * rows.planes;
+  if (rows.bits) {
+    for (int64_t i = 0; i < count; ++i)
+      count_bits(rows.mask ? rows.mask + i * rows.pitch : nullptr, sums_ + i * depth_.chunks());
+  } else if (depth_.chunks() == 1) {
+    kernel_.sum_rows(rows.codes, rows.pitch, count, k_, sums_);
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      depth_.sum(kernel_, rows.codes + i * rows.pitch, sums_ + i * depth_.chunks());
+  }
 }
 
 // How many k of each chunk count: channels of taps inside the image.
 void Columns::count_bits(const uint32_t* mask, int32_t* sums) const {
-  const int64_t words = images_.words();
+  const int64_t words = ceil_div(width_, 32);
   for (int64_t group = 0; group < depth_.groups; ++group)
     for (int64_t i = 0; i < depth_.chunks_per_group; ++i) {
       const Depth::Chunk chunk = depth_.chunk(group, i);
       int64_t count = 0;
       for (int64_t w = chunk.step; w < chunk.step + chunk.steps; ++w)
-        if (mask[w]) count += std::min<int64_t>(32, width_ - w % words * 32);
+        if (!mask || mask[w]) count += std::min<int64_t>(32, width_ - w % words * 32);
       *sums++ = static_cast<int32_t>(count);
     }
+}
+
+// What pads a tap is zero where a part of a row is summed: here the next group's channels.
+void Columns::clear_padding(int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < k_; at += tap_)
+      std::memset(codes_ + r * pitch_ + at + width_, 0, static_cast<size_t>(tap_ - width_));
 }
 
 }  // namespace lowbit

@@ -1,5 +1,6 @@
 // Receptive fields as rows: K over (kh, kw, channels of a group), each tap padded to
-// tap_channels().
+// tap_channels(). What pads a tap, and what is behind the last one, is any code: its weights' codes
+// are 0.
 #pragma once
 
 #include "images.h"
@@ -12,26 +13,37 @@ class Columns {
   Columns(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
           const Depth& depth, const Images& images, int64_t block, Scratch& scratch);
 
+  // Whether sums of rows are made of sums of pixels.
+  static bool wants_sums(const Conv2dGeometry& geometry, const Weights& weights,
+                         const Depth& depth);
+
   // The rows of output pixels [first, first + count) of an image for one group. Valid until the
   // next call.
   Rows fill(int64_t image, int64_t first, int64_t count, int64_t group);
 
  private:
-  void copy_codes(int8_t* row, int64_t image, int plane, int64_t top, int64_t left,
-                  int64_t group) const;
-  void copy_bits(uint32_t* row, uint32_t* mask, int64_t image, int64_t top, int64_t left,
-                 int64_t group) const;
+  // A run of output pixels of one row of the image.
+  struct Run {
+    int64_t row, count;  // the first one's place in the block, how many
+    int64_t y, x;        // where its receptive field begins in the padded image
+  };
+  void gather(const Run& run, const int8_t* from, int64_t group, int8_t* to, int every);
+  void add_sums(const Run& run, int64_t image, int64_t group);
+  void sum_rows(const Rows& rows);
   void count_bits(const uint32_t* mask, int32_t* sums) const;
+  void clear_padding(int64_t rows);
 
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   const Depth& depth_;
   const Images& images_;
-  const int64_t k_, width_, tap_;  // width_: channels of a group, tap_: the same with padding
-  const bool in_place_;            // the image's pixels are the rows: 1x1, stride 1, no padding
-  int64_t pitch_;
-  int8_t* codes_ = nullptr;
-  uint32_t *bits_ = nullptr, *mask_ = nullptr;
+  const int64_t k_, bytes_;    // of a row
+  const int64_t width_, tap_;  // channels of a group, the same with padding
+  const bool pixel_sums_, clears_padding_;
+  const bool in_place_;  // the image's pixels are the rows: 1x1, stride 1, no padding
+  int64_t pitch_, segment_bytes_, segment_count_;
+  ptrdiff_t* segments_;
+  int8_t *codes_, *mask_;
   int32_t* sums_;
   float* scale_;
 };

@@ -8,100 +8,191 @@
 #include "parallel.h"
 
 namespace lowbit {
+namespace {
+
+// How far the taps reach over `out` outputs, and the image itself.
+int64_t padded_size(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
+                    int64_t dilation) {
+  return std::max((out - 1) * stride + (kernel - 1) * dilation + 1, pad + size);
+}
+
+}  // namespace
 
 Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activation, bool use_bits,
-               Scratch& scratch)
+               int64_t tap, bool want_sums, Scratch& scratch)
     : kernel_(kernel),
       geometry_(g),
       activation_(activation),
+      use_bits_(use_bits),
       planes_(lowbit::planes(activation)),
-      // The depthwise microkernel reads whole panels of channels.
-      pitch_(g.depthwise() ? round_up(g.channels, kPanel) : g.channels),
-      words_(ceil_div(g.channels / g.groups, 32)),
+      height_(padded_size(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)),
+      width_(padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)),
       elements_(g.height * g.width * g.channels) {
-  const int64_t pixels = g.batch * g.height * g.width;
-  const int64_t codes = use_bits ? 0 : pixels * planes_ * pitch_;
-  const int64_t bits = use_bits ? pixels * g.groups * words_ : 0;
-  scratch.cut(piece(codes_, codes), piece(bits_, bits), piece(amax_, g.batch),
+  const int64_t group = g.channels / g.groups;
+  group_bytes_ = use_bits ? ceil_div(group, 32) * 4 : group;
+  pitch_ = group_bytes_ * g.groups;
+  if (!use_bits && g.groups == 1) pitch_ = tap;
+  if (g.depthwise()) pitch_ = round_up(g.channels, kPanel);  // the microkernel reads whole panels
+  plane_bytes_ = height_ * width_ * pitch_;
+  const int64_t pixels = g.batch * planes_ * height_ * width_;
+  scratch.cut(piece(codes_, pixels * pitch_ + kVectorBytes),
+              piece(mask_, use_bits && padded() ? plane_bytes_ + kVectorBytes : 0),
+              piece(sums_, want_sums ? pixels * g.groups : 0), piece(amax_, g.batch),
               piece(scale_, g.batch), piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (amax_ + i) std::atomic<uint32_t>(0);
 }
 
 void Images::quantize(const float* x, int thread, int team) {
-  const int64_t pixels = geometry_.height * geometry_.width;
-  for (int64_t i = 0; i < geometry_.batch; ++i) {
-    const Range mine = part(elements_, thread, team);
+  // Images of their own for each thread, or a part of each for all of them.
+  const bool own = geometry_.batch % team == 0;
+  const Range images = own ? part(geometry_.batch, thread, team) : Range{0, geometry_.batch};
+  const int index = own ? 0 : thread, parts = own ? 1 : team;
+  const auto barrier = [&] { team_barrier(parts); };
+
+  for (int64_t i = images.begin; i < images.end; ++i) {
+    const Range mine = part(elements_, index, parts);
     const uint32_t largest =
         kernel_.amax_bits(x + i * elements_ + mine.begin, mine.end - mine.begin);
     uint32_t seen = amax_[i].load(std::memory_order_relaxed);
     while (seen < largest && !amax_[i].compare_exchange_weak(seen, largest)) {
     }
+    if (own) scale_image(x, i), encode_rows(x + i * elements_, i, 0, height_);
   }
-  team_barrier(team);
-  for (int64_t i = thread; i < geometry_.batch; i += team) {
-    const UnitScale unit = unit_scale(kernel_, activation_, amax_[i], x + i * elements_, elements_);
-    scale_[i] = unit.scale;
-    inverse_[i] = unit.inverse;
+  if (!own) {
+    barrier();
+    for (int64_t i = thread; i < geometry_.batch; i += team) scale_image(x, i);
+    barrier();
+    for (int64_t i = 0; i < geometry_.batch; ++i) {
+      const Range mine = part(height_, index, parts);
+      encode_rows(x + i * elements_, i, mine.begin, mine.end);
+    }
   }
-  team_barrier(team);
-  for (int64_t i = 0; i < geometry_.batch; ++i) {
-    const Range mine = part(pixels, thread, team);
-    if (geometry_.x_channels_last)
-      encode_pixels(x + i * elements_, i, mine.begin, mine.end);
-    else
-      encode_planes(x + i * elements_, i, mine.begin, mine.end);
+  if (mask_) {
+    const Range mine = part(height_, thread, team);
+    for (int64_t y = mine.begin; y < mine.end; ++y) mask_row(y);
   }
-  team_barrier(team);
+  // Images of their own are also what threads read afterwards, but for the mask.
+  if (!own || mask_) team_barrier(team);
 }
 
-void Images::encode_pixels(const float* x, int64_t image, int64_t begin, int64_t end) {
-  const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
-  if (bits_) {
-    int64_t width = channels / geometry_.groups;
-    if (width % 32 == 0) width = (end - begin) * channels;  // no pixel ends within a dword: one run
-    uint32_t* out = bits_ + (image * pixels + begin) * geometry_.groups * words_;
-    for (const float* p = x + begin * channels; p < x + end * channels;
-         p += width, out += ceil_div(width, 32))
-      kernel_.binarize_bits(p, width, out);
-    return;
+void Images::scale_image(const float* x, int64_t image) {
+  const UnitScale unit =
+      unit_scale(kernel_, activation_, amax_[image], x + image * elements_, elements_);
+  scale_[image] = unit.scale;
+  inverse_[image] = unit.inverse;
+}
+
+void Images::mask_row(int64_t y) {
+  int8_t* const row = mask_ + y * width_ * pitch_;
+  std::memset(row, 0, static_cast<size_t>(width_ * pitch_));
+  const int64_t in = y - geometry_.pad_top;
+  if (in < 0 || in >= geometry_.height) return;
+  // Beyond the channels both bits are 0: no agreement is counted.
+  std::memset(row + geometry_.pad_left * pitch_, 0xff,
+              static_cast<size_t>(geometry_.width * pitch_));
+}
+
+// Rows [begin, end) of the padded image.
+void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end) {
+  const Conv2dGeometry& g = geometry_;
+  const auto clear = [&](int64_t y, int64_t from, int64_t to) {
+    for (int p = 0; p < planes_; ++p) {
+      std::memset(codes(image, p, y, from), 0, static_cast<size_t>((to - from) * pitch_));
+      if (sums_)
+        std::memset(sums_of(image, p, y, from), 0,
+                    static_cast<size_t>((to - from) * g.groups) * sizeof(int32_t));
+    }
+  };
+  if (!use_bits_ && !g.x_channels_last)
+    encode_planes(x, image, std::max(begin - g.pad_top, int64_t{0}),
+                  std::min(end - g.pad_top, g.height));
+  // From the end: what was searched last for the largest is still in the cache.
+  for (int64_t y = end; y-- > begin;) {
+    const int64_t in = y - g.pad_top;
+    if (in < 0 || in >= g.height) {
+      clear(y, 0, width_);
+      continue;
+    }
+    if (use_bits_)
+      encode_bits(x + in * g.width * g.channels, image, y);
+    else if (g.x_channels_last)
+      encode_row(x + in * g.width * g.channels, image, y);
+    if (g.pad_left > 0) clear(y, 0, g.pad_left);
+    if (g.pad_left + g.width < width_) clear(y, g.pad_left + g.width, width_);
+    if (sums_) sum_row(image, y);
   }
+}
+
+void Images::encode_bits(const float* x, int64_t image, int64_t y) {
+  const Conv2dGeometry& g = geometry_;
+  const int64_t count = g.width * g.channels;
+  int64_t width = g.channels / g.groups;
+  if (width % 32 == 0) width = count;  // no pixel ends within a dword: one run
+  auto* out = reinterpret_cast<uint32_t*>(codes(image, 0, y, g.pad_left));
+  for (const float* p = x; p < x + count; p += width, out += ceil_div(width, 32))
+    kernel_.binarize_bits(p, width, out);
+}
+
+void Images::encode_row(const float* x, int64_t image, int64_t y) {
+  const Conv2dGeometry& g = geometry_;
   const UnitScale unit{scale_[image], inverse_[image]};
-  int8_t* q = codes_ + image * planes_ * pixels * pitch_;
-  int8_t* lo = q + pixels * pitch_;
-  if (pitch_ == channels)
-    return encode(kernel_, activation_, unit, x + begin * channels, (end - begin) * channels,
-                  q + begin * pitch_, lo + begin * pitch_);
-  for (int64_t i = begin; i < end; ++i) {
-    encode(kernel_, activation_, unit, x + i * channels, channels, q + i * pitch_, lo + i * pitch_);
-    for (int p = 0; p < planes_; ++p)
-      std::memset((p ? lo : q) + i * pitch_ + channels, 0, static_cast<size_t>(pitch_ - channels));
+  int8_t* const q = codes(image, 0, y, g.pad_left);
+  int8_t* const lo = planes_ == 2 ? codes(image, 1, y, g.pad_left) : nullptr;
+  if (pitch_ == g.channels)
+    return encode(kernel_, activation_, unit, x, g.width * g.channels, q, lo);
+  const auto rest = static_cast<size_t>(pitch_ - g.channels);
+  for (int64_t i = 0; i < g.width; ++i) {
+    encode(kernel_, activation_, unit, x + i * g.channels, g.channels, q + i * pitch_,
+           lo + i * pitch_);
+    std::memset(q + i * pitch_ + g.channels, 0, rest);
+    if (lo) std::memset(lo + i * pitch_ + g.channels, 0, rest);
   }
 }
 
-// The same from NCHW: 4 channels of 64 pixels at a time are encoded where they lie and transposed
-// as codes.
+// Rows [begin, end) of NCHW: 16 channels of 64 pixels at a time are encoded where they lie and
+// transposed as codes.
 void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t end) {
-  constexpr int kRun = 64;
-  const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
+  constexpr int kRun = 64, kChannels = 16;
+  const Conv2dGeometry& g = geometry_;
+  const int64_t pixels = g.height * g.width;
   const UnitScale unit{scale_[image], inverse_[image]};
-  int8_t* codes = codes_ + image * planes_ * pixels * pitch_;
-  alignas(64) int8_t q[4 * kRun] = {}, lo[4 * kRun] = {};
-  for (int64_t at = begin; at < end; at += kRun) {
-    const int count = static_cast<int>(std::min<int64_t>(kRun, end - at));
-    // Up to the pitch: the channels that only pad a pixel get codes of 0.
-    for (int64_t c = 0; c < pitch_; c += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
-        if (c + i < channels)
+  alignas(64) int8_t q[kChannels * kRun] = {}, lo[kChannels * kRun] = {};
+  int8_t* to[2][kRun];
+  for (int64_t at = begin * g.width; at < end * g.width; at += kRun) {
+    const int count = static_cast<int>(std::min<int64_t>(kRun, end * g.width - at));
+    for (int p = 0; p < planes_; ++p) {
+      int64_t y = at / g.width, x_at = at % g.width;
+      for (int64_t i = 0; i < count; ++i) {
+        to[p][i] = codes(image, p, g.pad_top + y, g.pad_left + x_at);
+        if (++x_at == g.width) ++y, x_at = 0;
+      }
+    }
+    // What is written behind the channels is written again, by those before: from the last ones on.
+    for (int64_t c = (pitch_ - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
+      // Up to the pitch: the channels that only pad a pixel get codes of 0.
+      for (int64_t i = 0; i < kChannels; ++i) {
+        if (c + i < g.channels)
           encode(kernel_, activation_, unit, x + (c + i) * pixels + at, count, q + i * kRun,
                  lo + i * kRun);
         else
           std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
       }
-      const int width = static_cast<int>(std::min<int64_t>(4, pitch_ - c));
-      kernel_.transpose4(q, count, width, codes + at * pitch_ + c, pitch_);
-      if (planes_ == 2)
-        kernel_.transpose4(lo, count, width, codes + (pixels + at) * pitch_ + c, pitch_);
+      const int width = static_cast<int>(std::min<int64_t>(kChannels, pitch_ - c));
+      for (int p = 0; p < planes_; ++p) kernel_.transpose16(p ? lo : q, count, width, to[p], c);
     }
+  }
+}
+
+void Images::sum_row(int64_t image, int64_t y) {
+  const Conv2dGeometry& g = geometry_;
+  const int64_t width = g.channels / g.groups;
+  for (int p = 0; p < planes_; ++p) {
+    int32_t* const out = sums_of(image, p, y, g.pad_left);
+    if (use_bits_)  // how many count
+      std::fill_n(out, g.width * g.groups, static_cast<int32_t>(width));
+    else
+      kernel_.sum_rows(codes(image, p, y, g.pad_left), g.groups == 1 ? pitch_ : width,
+                       g.width * g.groups, width, out);
   }
 }
 

@@ -1,4 +1,5 @@
-// Images of codes: what a convolution reads instead of the float images.
+// Images of codes: what a convolution reads instead of the float images. They are larger than
+// these by the convolution's padding, so that every tap of every output is in memory.
 #pragma once
 
 #include <atomic>
@@ -10,47 +11,63 @@
 
 namespace lowbit {
 
-// Codes are [image][plane][pixel][pitch] bytes, bits are [image][pixel][group][words] dwords (1
-// where x < 0).
+// Codes are [image][plane][row][column][pitch] bytes; as bits (1 where x < 0) a pixel is [group]
+// [words] dwords. Padding is zero.
 class Images {
  public:
+  // `tap`: bytes that one tap reads of a pixel (ignored for bits). `want_sums`: of each pixel.
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation, bool use_bits,
-         Scratch& scratch);
+         int64_t tap, bool want_sums, Scratch& scratch);
 
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
 
-  bool inside(int64_t y, int64_t x) const {
-    return y >= 0 && y < geometry_.height && x >= 0 && x < geometry_.width;
-  }
-  // The channels of a pixel inside the image.
+  // The pixel at (y, x) of the padded image; 64 bytes more than the image has can be read.
   const int8_t* pixel(int64_t image, int plane, int64_t y, int64_t x) const {
-    return codes_ +
-           (((image * planes_ + plane) * geometry_.height + y) * geometry_.width + x) * pitch_;
+    return codes_ + (image * planes_ + plane) * plane_bytes_ + at(y, x) * pitch_;
   }
-  const uint32_t* bits(int64_t image, int64_t y, int64_t x, int64_t group) const {
-    return bits_ +
-           (((image * geometry_.height + y) * geometry_.width + x) * geometry_.groups + group) *
-               words_;
+  // The same of a mask of bits: set inside the image. One for all images.
+  const int8_t* mask(int64_t y, int64_t x) const { return mask_ + at(y, x) * pitch_; }
+  // [group]: the sum of a pixel's codes; as bits, how many there are.
+  const int32_t* sums(int64_t image, int plane, int64_t y, int64_t x) const {
+    return sums_ + ((image * planes_ + plane) * height_ * width_ + at(y, x)) * geometry_.groups;
   }
 
-  bool use_bits() const { return bits_ != nullptr; }
+  bool use_bits() const { return use_bits_; }
+  bool padded() const { return height_ > geometry_.height || width_ > geometry_.width; }
   int planes() const { return planes_; }
-  int64_t pitch() const { return pitch_; }  // bytes from a pixel's codes to the next one's
-  int64_t words() const { return words_; }  // dwords of a group's channels
+  int64_t pitch() const { return pitch_; }    // bytes from a pixel to the next one
+  int64_t height() const { return height_; }  // with padding, as the width
+  int64_t width() const { return width_; }
+  int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
   float scale(int64_t image) const { return scale_[image]; }
 
  private:
-  void encode_pixels(const float* x, int64_t image, int64_t begin, int64_t end);
+  int64_t at(int64_t y, int64_t x) const { return y * width_ + x; }
+  int8_t* codes(int64_t image, int plane, int64_t y, int64_t x) {
+    return const_cast<int8_t*>(pixel(image, plane, y, x));
+  }
+  int32_t* sums_of(int64_t image, int plane, int64_t y, int64_t x) {
+    return const_cast<int32_t*>(sums(image, plane, y, x));
+  }
+  void scale_image(const float* x, int64_t image);
+  void mask_row(int64_t y);
+  void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_bits(const float* x, int64_t image, int64_t y);
+  void encode_row(const float* x, int64_t image, int64_t y);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
+  void sum_row(int64_t image, int64_t y);
 
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   const Activation activation_;
+  const bool use_bits_;
   const int planes_;
-  int64_t pitch_, words_, elements_;
-  int8_t* codes_ = nullptr;
-  uint32_t* bits_ = nullptr;
+  const int64_t height_, width_;  // with padding
+  const int64_t elements_;
+  int64_t group_bytes_, pitch_, plane_bytes_;
+  int8_t *codes_, *mask_;
+  int32_t* sums_;
   std::atomic<uint32_t>* amax_;
   float *scale_, *inverse_;
 };

@@ -42,6 +42,53 @@ struct Tile {
   ptrdiff_t y_pitch;
 };
 
+// One call of the depthwise microkernel: one or two rows of outputs, of `panels` panels of
+// channels. It takes four rows of the image at a time, a *quad*: interleaved, they are *columns*,
+// 16 channels x 4 rows in a vector, which meet the weights of each tap across by one dot product of
+// four rows.
+struct DepthwiseTile {
+  const int8_t* const* rows;  // [quads * 4] of `width` pixels, `pitch` bytes apart
+  int64_t width;
+  ptrdiff_t pitch;
+  int quads, taps;         // rows of the kernel, by four; taps across
+  int64_t dilation;        // pixels from a tap to the next
+  int64_t pixels, stride;  // outputs of a row; pixels of the image from one to the next
+  int outputs;             // rows of outputs, 1 or 2
+  int64_t first;           // channel of a pixel
+  int panels;              // from there on
+  const int8_t* w;  // [panel][output][tap][quad][16][4]: weights; 0 where a row is not the kernel's
+  ptrdiff_t w_stride;   // from a panel to the next
+  const int32_t* seed;  // [panel][16]
+  uint8_t* columns;     // width * quads * 64 bytes of scratch
+  int32_t* acc;         // not null: sums go to [pixel][nr], of one row of outputs, and no more
+  const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
+  float* y;                   // whole panels are written
+  ptrdiff_t y_pitch, y_row;   // from a pixel to the next, from a row to the next
+};
+
+// Where a tap's codes are in a panel's vector, what they mean, and where they go in a dword.
+struct TapField {
+  int from, bits, shift, add, to;
+};
+
+// One call of the microkernel of grouped convolutions whose panels hold several groups.
+struct GroupedTile {
+  const int8_t* from;     // the first output's receptive field, of the first panel
+  ptrdiff_t stride;       // bytes from an output's to the next
+  int64_t pixels;         // outputs
+  const ptrdiff_t* taps;  // [tap_count] bytes from there on
+  int tap_count, steps;   // steps of 4 channels of a group
+  int panels;
+  ptrdiff_t panel_bytes;      // from what a panel reads to what the next one does
+  const uint8_t* control;     // [step][16][4]: which of the 16 bytes, above 127: none
+  const int8_t* w;            // [panel][tap][step][16][4]: weights, 0 where there is no channel
+  ptrdiff_t w_stride;         // from a panel to the next
+  const int32_t* seed;        // [panel][16]
+  const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
+  float* y;                   // whole panels are written
+  ptrdiff_t y_pitch;
+};
+
 struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
@@ -59,17 +106,12 @@ struct Kernel {
   // set). With a = 1 for a negative activation these are the agreements of the signs.
   void (*xnor)(const Tile& tile);
 
-  // Depthwise, on columns: a column is a pixel's channels, four bytes each, from four rows of the
-  // image. Pixel i reads, for each of `taps` places in the kernel (across, and by four rows),
-  // columns + i * pixel_stride + offsets[t], codes at w + t * w_stride and four bytes of `zeros`,
-  // the zero points. acc[i][c] = sum of (code - zero) * activation, sums[i][c] = sum of zero *
-  // activation (sums null: not wanted). Index: 0 for codes of 8 bits, 1 for codes and zero points
-  // of at most 4.
-  void (*depthwise[2])(int pixels, const int8_t* columns, ptrdiff_t pixel_stride, int taps,
-                       const ptrdiff_t* offsets, const uint8_t* w, ptrdiff_t w_stride,
-                       const int8_t* zeros, int panels, int32_t* acc, int32_t* sums);
-  // out[4 * i + j] = rows[j][i] for i < count, a multiple of 16.
-  void (*interleave4)(const int8_t* const* rows, int64_t count, int8_t* out);
+  void (*depthwise)(const DepthwiseTile& tile);
+  void (*grouped)(const GroupedTile& tile);
+  // One k of `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
+  // `w_stride` apart, which start as zeros, and to their seed (null: not).
+  void (*spread_tap)(const uint8_t* packed, ptrdiff_t stride, int panels, const TapField& field,
+                     int8_t* w, ptrdiff_t w_stride, int32_t* seed);
 
   // Activations.
   uint32_t (*amax_bits)(const float* x,
@@ -82,9 +124,17 @@ struct Kernel {
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
   // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
   void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
-  // out[i * pitch + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 4: channels first to
-  // channels last.
-  void (*transpose4)(const int8_t* rows, int count, int channels, int8_t* out, ptrdiff_t pitch);
+  // out[r] = sum of the k codes of row r.
+  void (*sum_rows)(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int32_t* out);
+  // Receptive fields as rows: the s-th `bytes` bytes of row i are those at from + i * stride +
+  // segments[s]. Up to 63 bytes more are read and written after each.
+  void (*gather)(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
+                 int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch);
+  // out[i][offset + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 16: channels first
+  // to channels last. Up to 15 bytes more are written, but not behind the last pixel's; those of a
+  // pixel are written before those of the next.
+  void (*transpose16)(const int8_t* rows, int count, int channels, int8_t* const* out,
+                      ptrdiff_t offset);
 
   // Epilogue where a tile's sums are not its output, on `rows` x nr.
   void (*to_float)(int rows, const int32_t* sums, float* f);

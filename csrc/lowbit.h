@@ -29,6 +29,10 @@ struct Weights {
 void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
             int threads);
 
+inline int64_t conv2d_blocks(int64_t out_channels, int64_t groups) {
+  return kPanel % (out_channels / groups) == 0 && out_channels / groups < kPanel ? 1 : groups;
+}
+
 struct Conv2dGeometry {
   int64_t batch, height, width, channels;
   int64_t out_channels, out_height, out_width;
@@ -38,6 +42,9 @@ struct Conv2dGeometry {
   bool x_channels_last = true;  // NHWC, else NCHW
   bool y_channels_last = true;
 
+  // How many matrices the weights are packed as: groups of 1, 2, 4 or 8 output channels share
+  // panels, any others have panels of their own.
+  int64_t blocks() const { return conv2d_blocks(out_channels, groups); }
   bool depthwise() const { return groups > 1 && groups == channels && groups == out_channels; }
 };
 
@@ -45,12 +52,12 @@ struct Conv2dGeometry {
 // tap is a pointer; fewer channels than a vector holds are not padded (the taps are merged).
 int64_t tap_channels(Format format, int64_t channels_per_group);
 
-// K of a convolution in the packed layout: taps * tap_channels, or for a depthwise one the taps.
+// K of a convolution in the packed layout: taps * tap_channels.
 int64_t conv2d_depth(Format format, const Conv2dGeometry& geometry);
 
-// Scale of the activations: one an image. weights.k = conv2d_depth(). A depthwise convolution's
-// weights are packed as an [n, taps] matrix; those of the groups of any other are packed one by one
-// and stacked. Binary activations want x in NHWC: the order of their sum.
+// Scale of the activations: one an image. weights.k = conv2d_depth(). The weights are
+// packed as geometry.blocks() matrices, one after the other. Binary activations want x in NHWC: the
+// order of their sum.
 void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
             Activation activation, float* y, int threads);
 

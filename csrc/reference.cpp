@@ -106,9 +106,10 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
             float* y) {
   const FormatTraits& f = traits(w.format);
   const int64_t in = g.channels / g.groups, out = g.out_channels / g.groups;
-  const int64_t tap = g.depthwise() ? 1 : tap_channels(w.format, in);
+  const int64_t tap = tap_channels(w.format, in);
+  const bool together = kPanel % out == 0 && out < kPanel;  // groups share panels
   const int64_t group_bytes =
-      packed_panels(out) * ((w.k + f.depth() - 1) / f.depth()) * kVectorBytes;
+      together ? 0 : packed_panels(out) * ((w.k + f.depth() - 1) / f.depth()) * kVectorBytes;
   const int64_t size = g.height * g.width * g.channels;
   std::vector<float> nhwc(static_cast<size_t>(size));
   const int64_t pixels = g.out_height * g.out_width;
@@ -133,8 +134,7 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
           const int64_t pixel = oy * g.out_width + ox;
           const int64_t at = g.y_channels_last ? pixel * g.out_channels + n : n * pixels + pixel;
           y[image * pixels * g.out_channels + at] =
-              g.depthwise() ? output(w, w.packed, n, n, q.scale, code)
-                            : output(w, w.packed + group * group_bytes, n % out, n, q.scale, code);
+              output(w, w.packed + group * group_bytes, together ? n : n % out, n, q.scale, code);
         }
   }
 }

@@ -69,7 +69,7 @@ def conv2d(layer, x: torch.Tensor) -> torch.Tensor:
     kernel = layer.kernel_size
     tap = oracle.tap_channels(fmt, channels)
     k = kernel[0] * kernel[1] * tap
-    blocks = 1 if oracle.is_depthwise(layer.in_channels, n, groups) else groups
+    blocks = oracle.conv_blocks(n, groups)
     parts = np.split(layer.weight_packed.numpy(), blocks)
     codes = np.concatenate([oracle.unpack(part, fmt, n // blocks, k) for part in parts])
     codes = np.ascontiguousarray(codes.reshape(n, *kernel, tap)[..., :channels])
@@ -180,8 +180,7 @@ def _phases(layer) -> Iterator[tuple[tuple[int, int], tuple[np.ndarray, list]]]:
     for (rows, columns), part in zip(pairs, layer.parts, strict=True):
         names = ("weight_scale", "weight_group_scale", "weight_group_zero")
         factors = [_array(getattr(part, name)) for name in names]
-        blocks = 1 if oracle.is_depthwise(part.in_channels, part.out_channels, part.groups) else 0
-        blocks = blocks or part.groups
+        blocks = oracle.conv_blocks(part.out_channels, part.groups)
         packed = np.split(part.weight_packed.numpy(), blocks)
         n, depth = part.out_channels // blocks, part._layout()[2]
         codes = [oracle.unpack(block, layer.scheme.weight, n, depth) for block in packed]

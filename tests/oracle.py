@@ -147,9 +147,12 @@ def unpack(packed: np.ndarray, fmt: str, n: int, k: int) -> np.ndarray:
     return np.ascontiguousarray(codes[:n, :k])
 
 
-def is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
-    """Whether a convolution is depthwise: each output channel reads the one input channel."""
-    return groups > 1 and groups == channels == out_channels
+def conv_blocks(n: int, groups: int) -> int:
+    """Matrices that a convolution's weights are packed as, one after the other.
+
+    Groups whose output channels divide a panel share panels; any other has panels of its own.
+    """
+    return 1 if n // groups in (1, 2, 4, 8) else groups
 
 
 def tap_channels(fmt: str, channels_per_group: int) -> int:
@@ -177,14 +180,10 @@ def conv_matrix(codes: np.ndarray, fmt: str) -> np.ndarray:
 def pack_conv(codes: np.ndarray, fmt: str, groups: int = 1) -> np.ndarray:
     """Pack convolution codes [N, kh, kw, cin_g].
 
-    A dense or depthwise convolution packs its matrix like a Linear layer. Other grouped
-    convolutions pack each group separately and stack the groups along dim 0.
+    Each of `conv_blocks` parts is packed like a Linear layer; they are stacked along dim 0.
     """
-    matrix = conv_matrix(codes, fmt)
-    n, channels_per_group = codes.shape[0], codes.shape[3]
-    if groups == 1 or is_depthwise(channels_per_group * groups, n, groups):
-        return pack(matrix, fmt)
-    return np.concatenate([pack(part, fmt) for part in np.split(matrix, groups)])
+    blocks = np.split(conv_matrix(codes, fmt), conv_blocks(len(codes), groups))
+    return np.concatenate([pack(part, fmt) for part in blocks])
 
 
 # --- 3. Activation quantization ------------------------------------------------------------------

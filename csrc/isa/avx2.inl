@@ -90,3 +90,8 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
   out[0] = _mm256_set_m128i(_mm_unpackhi_epi16(ab0, cd0), _mm_unpacklo_epi16(ab0, cd0));
   out[1] = _mm256_set_m128i(_mm_unpackhi_epi16(ab1, cd1), _mm_unpacklo_epi16(ab1, cd1));
 }
+
+inline Reg load16(const int8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Reg shuffle(Reg v, Reg control) { return _mm256_shuffle_epi8(v, control); }

@@ -82,3 +82,8 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
   out[0] = _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2,
                                                                        6, 10, 14, 3, 7, 11, 15)));
 }
+
+inline Reg load16(const int8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Reg shuffle(Reg v, Reg control) { return _mm512_shuffle_epi8(v, control); }

@@ -86,35 +86,6 @@ inline const uint8_t* ahead_of(const Tile& t, int panel) {
 #include "xnor.inl"
 #endif
 
-// lanes[i] = q[4i] + .. + q[4i + 3], for n codes and zeros up to a multiple of 64.
-inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
-  const auto add = [&](const int8_t* from, int64_t at) {
-    for (int i = 0; i < kRegs; ++i)
-      store(lanes + at / 4 + i * kLanes,
-            dot<1>(zero(), bytes(1), load(reinterpret_cast<const uint8_t*>(from) + i * kRegBytes)));
-  };
-  int64_t i = 0;
-  for (; i + kVectorBytes <= n; i += kVectorBytes) add(q + i, i);
-  if (i == n) return;
-  int8_t last[kVectorBytes] = {};
-  __builtin_memcpy(last, q + i, static_cast<size_t>(n - i));
-  add(last, i);
-}
-
-// Groups are multiples of 32, or all there is.
-void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
-  constexpr int64_t kBlock = 4096;
-  int32_t lanes[kBlock / 4];
-  for (int64_t first = 0; first < n; first += group, ++out) {
-    const int64_t end = first + group < n ? first + group : n;
-    int32_t s = 0;
-    for (int64_t at = first; at < end; at += kBlock) {
-      const int64_t count = end - at < kBlock ? end - at : kBlock;
-      sum_quads(q + at, count, lanes);
-      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
-    }
-    *out = s;
-  }
-}
-
+#include "codes.inl"
 #include "depthwise.inl"
+#include "grouped.inl"

@@ -94,6 +94,11 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
   }
 }
 
+inline Reg load16(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+inline Reg shuffle(Reg v, Reg control) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vreinterpretq_u8_s32(control)));
+}
+
 #include "microkernel.inl"
 #include "rows.inl"
 #include "table.inl"

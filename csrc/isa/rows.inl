@@ -146,29 +146,34 @@ void finish(int rows, int cols, const float* f, const float* row_scale, const fl
   }
 }
 
-// In squares of 16, so that the lines that are touched stay in the first cache.
+using Floats = float __attribute__((vector_size(kLanes * 4)));
+
+// In squares, in registers; the last ones of an edge overlap those before.
 void transpose(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch) {
-  for (int64_t c0 = 0; c0 < cols; c0 += 16)
-    for (int64_t r0 = 0; r0 < rows; r0 += 16) {
-      const int64_t c1 = c0 + 16 < cols ? c0 + 16 : cols, r1 = r0 + 16 < rows ? r0 + 16 : rows;
-      for (int64_t c = c0; c < c1; ++c)
-        for (int64_t r = r0; r < r1; ++r) y[c * y_pitch + r] = x[r * cols + c];
+  if (rows < kLanes || cols < kLanes) {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < rows; ++r) y[c * y_pitch + r] = x[r * cols + c];
+    return;
+  }
+  const auto edge = [](int64_t at, int64_t end) { return at + kLanes <= end ? at : end - kLanes; };
+  for (int64_t c = 0; c < cols; c += kLanes)  // columns of y's memory one after the other
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t r0 = edge(r, rows), c0 = edge(c, cols);
+      Floats v[kLanes];
+      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+          __builtin_memcpy(&v[i], x + (r0 + i) * cols + c0, sizeof(Floats));
+      transpose_square(v);
+      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+          __builtin_memcpy(y + (c0 + i) * y_pitch + r0, &v[i], sizeof(Floats));
     }
 }
 
 using Halves = uint16_t __attribute__((vector_size(16)));
 
-// Eight rows of eight: each of three rounds deals the rows of both halves out in turn.
 inline void transpose_halves(const uint16_t* src, int64_t pitch, uint16_t* dst, int64_t dst_pitch) {
-  Halves a[8], b[8];
+  Halves a[8];
   LOWBIT_UNROLL for (int i = 0; i < 8; ++i) __builtin_memcpy(&a[i], src + i * pitch, sizeof(a[i]));
-  LOWBIT_UNROLL for (int round = 0; round < 3; ++round) {
-    LOWBIT_UNROLL for (int i = 0; i < 4; ++i) {
-      b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-    }
-    LOWBIT_UNROLL for (int i = 0; i < 8; ++i) a[i] = b[i];
-  }
+  transpose_square(a);
   LOWBIT_UNROLL for (int i = 0; i < 8; ++i)
       __builtin_memcpy(dst + i * dst_pitch, &a[i], sizeof(a[i]));
 }

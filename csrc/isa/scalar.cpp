@@ -152,6 +152,21 @@ inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, con
                      static_cast<uint32_t>(static_cast<uint8_t>(t3[i])) << 24;
 }
 
+inline Reg load16(const int8_t* p) {
+  Reg v;
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(v.lane + 4 * i, p, 16);
+  return v;
+}
+inline Reg shuffle(const Reg& v, const Reg& control) {
+  uint8_t from[64], by[64], to[64];
+  __builtin_memcpy(from, &v, 64);
+  __builtin_memcpy(by, &control, 64);
+  for (int i = 0; i < 64; ++i) to[i] = by[i] > 127 ? uint8_t{0} : from[i / 16 * 16 + by[i] % 16];
+  Reg out;
+  __builtin_memcpy(&out, to, 64);
+  return out;
+}
+
 #include "microkernel.inl"
 #include "rows.inl"
 #include "table.inl"

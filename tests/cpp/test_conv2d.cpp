@@ -49,7 +49,7 @@ void check(Lcg& draw, Format format, Activation activation, Conv2dGeometry g) {
   const std::string what = describe(format, activation, g, groups);
   const std::vector<uint8_t> codes = conv_codes(draw, format, g, draw.pick(kAllCodes));
   const GuardedWeights weights(draw, format, g.out_channels, conv2d_depth(format, g), codes, groups,
-                               draw.one_in(2), edge, g.depthwise() ? 1 : g.groups);
+                               draw.one_in(2), edge, g.blocks());
   const std::vector<float> x =
       make_rows(draw, activation, g.batch, g.height * g.width * g.channels);
   const size_t count = static_cast<size_t>(g.batch * g.out_height * g.out_width * g.out_channels);

@@ -115,7 +115,7 @@ std::string run(const Case& c, int threads) {
   const auto bias =
       draw_all<float>(n, [&] { return static_cast<float>(draw.below(513) - 256) / 128.0f; });
 
-  const int64_t conv_groups = is_linear || g.depthwise() ? 1 : g.groups;
+  const int64_t conv_groups = is_linear ? 1 : g.blocks();
   const int64_t rows = n / conv_groups;
   const int64_t bytes = packed_panels(rows) * packed_steps(c.format, k) * kVectorBytes;
   std::vector<uint8_t> packed(static_cast<size_t>(conv_groups * bytes));
