@@ -1,5 +1,6 @@
 #include "activations.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cstring>
 #include <limits>
@@ -15,11 +16,20 @@ constexpr float kMax8 = 127.0f, kMax16 = 32639.0f;
 
 }  // namespace
 
+uint32_t unit_amax(const Kernel& kernel, Activation activation, const float* x, int64_t n) {
+  return activation == Activation::binary ? 0 : kernel.amax_bits(x, n);
+}
+
 UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax, const float* x,
                      int64_t n) {
-  if (amax >= kInfinityBits) return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
-  if (activation == Activation::binary)
-    return {n == 0 ? 0.0f : kernel.abs_sum(x, n) / static_cast<float>(n), 1.0f};
+  constexpr UnitScale kNotFinite{std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  if (activation == Activation::binary) {
+    // A finite sum has finite terms; another one may have overflowed.
+    const float sum = n == 0 ? 0.0f : kernel.abs_sum(x, n);
+    if (!(sum <= FLT_MAX) && kernel.amax_bits(x, n) >= kInfinityBits) return kNotFinite;
+    return {sum / static_cast<float>(std::max<int64_t>(n, 1)), 1.0f};
+  }
+  if (amax >= kInfinityBits) return kNotFinite;
   float largest;
   std::memcpy(&largest, &amax, sizeof(largest));
   const float scale = largest / (activation == Activation::int16 ? kMax16 : kMax8);

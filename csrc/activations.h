@@ -11,7 +11,11 @@ struct UnitScale {
   float inverse;  // 1 / scale, or 0 where all codes are 0
 };
 
-// amax: kernel.amax_bits of the whole unit, x [n].
+// The largest |x| of a part of a unit, as its bits, for unit_scale: of all parts the largest.
+// Binary units have no use for it.
+uint32_t unit_amax(const Kernel& kernel, Activation activation, const float* x, int64_t n);
+
+// amax: unit_amax of the whole unit, x [n].
 UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax, const float* x,
                      int64_t n);
 

@@ -71,6 +71,11 @@ class Layer {
     }
   }
 
+  // Called by every thread of a team; a barrier must follow.
+  void prepare(int thread, int team) const {
+    if (depthwise_) depthwise_->make(thread, team);
+  }
+
   // Whether threads may share the channels of a block.
   bool by_channels() const { return geometry_.groups == 1; }
 
@@ -122,7 +127,9 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
 
   parallel(threads, [&](int thread, int team) {
     static thread_local Scratch block_scratch;
+    layer.prepare(thread, team);
     images.quantize(x, thread, team);
+    if (g.depthwise()) team_barrier(team);
     // Threads share images, or the pixels of each, or its channels where these have more weights
     // than the pixels have activations: what they share, they need not all read.
     const bool own = g.batch % team == 0;

@@ -3,46 +3,72 @@
 #include <algorithm>
 #include <cstring>
 
+#include "parallel.h"
+
 namespace lowbit {
 
 DepthwiseWeights::DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& g,
                                    const Weights& weights, const Depth& depth,
                                    Activation activation, Scratch& scratch)
-    : quads_(static_cast<int>(ceil_div(g.kernel_h, 4))),
+    : kernel_(kernel),
+      weights_(weights),
+      quads_(static_cast<int>(ceil_div(g.kernel_h, 4))),
       outputs_(1),
       groups_(depth.groups),
-      panels_(packed_panels(g.out_channels)) {
+      sets_((weights.group_zero ? 2 : 1) * depth.groups),
+      panels_(packed_panels(g.out_channels)),
+      stride_(depth.steps * kVectorBytes) {
   // What the next row of outputs needs is in the same quads; sums of groups or planes are combined
   // row by row.
   const bool shares = g.dilation_h == 1 && g.kernel_h + g.stride_h <= 4 * quads_;
   if (shares && !weights.group_scale && planes(activation) == 1) outputs_ = 2;
-  const int64_t places = g.kernel_w * quads_;
-  panel_bytes_ = outputs_ * places * kVectorBytes;
-  const int64_t sets = (weights.group_zero ? 2 : 1) * groups_;
-  const int64_t bytes = sets * panels_ * panel_bytes_, seeds = sets * panels_ * kPanel;
-  scratch.cut(piece(codes_, bytes), piece(seed_, seeds));
-  std::memset(codes_, 0, static_cast<size_t>(bytes));
-  std::memset(seed_, 0, static_cast<size_t>(seeds) * sizeof(*seed_));
-
-  const FormatTraits& f = traits(weights.format);
-  for (int64_t set = 0; set < sets; ++set) {
-    const bool ones = set >= groups_;
-    const Depth::Chunk chunk = depth.chunk(set % groups_, 0);
-    for (int64_t k = chunk.k; k < chunk.k + chunk.size; ++k) {
-      const int64_t in = k % f.depth();
-      TapField field{static_cast<int>(in % 4 * 8 + in / 4 * f.bits), f.bits, f.shift(), f.add, 0};
-      if (ones) field = {0, 0, 0, 1, 0};
-      for (int r = 0; r < outputs_; ++r) {
-        const int64_t row = k / g.kernel_w + r * g.stride_h;
-        const int64_t place = (r * g.kernel_w + k % g.kernel_w) * quads_ + row / 4;
-        field.to = static_cast<int>(row % 4 * 8);
-        kernel.spread_tap(weights.packed + k / f.depth() * kVectorBytes, depth.steps * kVectorBytes,
-                          static_cast<int>(panels_), field,
-                          codes_ + set * panels_ * panel_bytes_ + place * kVectorBytes,
-                          panel_bytes_, r == 0 ? seed_ + set * panels_ * kPanel : nullptr);
-      }
-    }
+  const int64_t places = outputs_ * g.kernel_w * quads_;
+  panel_bytes_ = places * kernel.column_bytes;
+  scratch.cut(piece(codes_, sets_ * panels_ * panel_bytes_), piece(seed_, sets_ * panels_ * kPanel),
+              piece(places_, sets_), piece(fields_, sets_ * outputs_ * weights.k),
+              piece(ends_, sets_ * places));
+  for (int64_t set = 0; set < sets_; ++set) {
+    places_[set] = {static_cast<int>(places), fields_ + set * outputs_ * weights.k,
+                    ends_ + set * places, static_cast<int>(places) / outputs_};
+    set_places(g, traits(weights.format), depth, set);
   }
+}
+
+// [output][tap across][quad]; of the set's group alone. The sets behind the groups are ones.
+void DepthwiseWeights::set_places(const Conv2dGeometry& g, const FormatTraits& f,
+                                  const Depth& depth, int64_t set) {
+  const Depth::Chunk chunk = depth.chunk(set % groups_, 0);
+  TapField* field = const_cast<TapField*>(places_[set].fields);
+  int* end = const_cast<int*>(places_[set].ends);
+  for (int64_t r = 0; r < outputs_; ++r)
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx)
+      for (int64_t q = 0; q < quads_; ++q) {
+        for (int64_t j = 0; j < 4; ++j) {
+          const int64_t ky = 4 * q + j - r * g.stride_h, k = ky * g.kernel_w + kx;
+          if (ky < 0 || ky >= g.kernel_h || k < chunk.k || k >= chunk.k + chunk.size) continue;
+          const int64_t in = k % f.depth();
+          const int to = static_cast<int>(j);
+          if (set < groups_)
+            *field++ = {k / f.depth() * kVectorBytes,
+                        static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
+                        f.bits,
+                        f.shift(),
+                        f.add,
+                        to};
+          else
+            *field++ = {0, 0, 0, 0, 1, to};
+        }
+        *end++ = static_cast<int>(field - places_[set].fields);
+      }
+}
+
+void DepthwiseWeights::make(int thread, int team) const {
+  const Range mine = part(panels_, thread, team);
+  for (int64_t set = 0; set < sets_; ++set)
+    kernel_.spread(weights_.packed + mine.begin * stride_, stride_,
+                   static_cast<int>(mine.end - mine.begin), places_[set],
+                   codes_ + (set * panels_ + mine.begin) * panel_bytes_, panel_bytes_,
+                   seed_ + (set * panels_ + mine.begin) * kPanel);
 }
 
 namespace {
@@ -68,7 +94,7 @@ class Depthwise {
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
                 piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),
                 piece(row_scale_, kTilePixels), piece(rows_, expanded.quads() * 4),
-                piece(columns_, images.width() * expanded.quads() * kVectorBytes),
+                piece(columns_, images.width() * expanded.quads() * kernel.column_bytes),
                 piece(scale_, channels), piece(bias_, channels),
                 piece(last_, expanded.outputs() * geometry.out_width * kPanel));
     std::fill_n(scale_, channels, 0.0f);

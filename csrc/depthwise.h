@@ -6,11 +6,14 @@
 namespace lowbit {
 
 // The weights as DepthwiseTile wants them, for each group of K. Made anew at each call (they are
-// small), in `scratch`, which must outlive it.
+// small), in `scratch`, which must outlive it; each thread of a team makes a part.
 class DepthwiseWeights {
  public:
   DepthwiseWeights(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
                    const Depth& depth, Activation activation, Scratch& scratch);
+
+  // Called by every thread of a team; a barrier must follow.
+  void make(int thread, int team) const;
 
   int quads() const { return quads_; }
   int outputs() const { return outputs_; }  // rows of outputs that share columns
@@ -24,8 +27,15 @@ class DepthwiseWeights {
   }
 
  private:
+  void set_places(const Conv2dGeometry& g, const FormatTraits& f, const Depth& depth, int64_t set);
+
+  const Kernel& kernel_;
+  const Weights& weights_;
   int quads_, outputs_;
-  int64_t groups_, panels_, panel_bytes_;
+  int64_t groups_, sets_, panels_, panel_bytes_, stride_;
+  Places* places_;  // [sets]
+  TapField* fields_;
+  int* ends_;
   int8_t* codes_;
   int32_t* seed_;
 };

@@ -24,30 +24,37 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
                 out = g.out_channels / g.groups;
   const int64_t steps = ceil_div(in, 4), panels = packed_panels(g.out_channels);
   const FormatTraits& f = traits(weights.format);
-  const int64_t k = weights.k, packed_stride = packed_steps(weights.format, k) * kVectorBytes;
+  const int64_t k = weights.k;
+  TapField* fields;
+  int* ends;
   ptrdiff_t* offsets;
   uint8_t* control;
   int8_t* w;
   int32_t* seed;
-  const int64_t w_stride = taps * steps * kVectorBytes;
+  const int64_t w_stride = taps * steps * kernel.column_bytes;
   scratch.cut(piece(offsets, taps), piece(control, steps * kVectorBytes),
-              piece(w, panels * w_stride), piece(seed, panels * kPanel));
-  std::memset(w, 0, static_cast<size_t>(panels * w_stride));
-  std::memset(seed, 0, static_cast<size_t>(panels * kPanel) * sizeof(*seed));
+              piece(w, panels * w_stride), piece(seed, panels * kPanel), piece(fields, taps * in),
+              piece(ends, taps * steps));
 
   const int64_t tap_k = k / taps;
+  TapField* field = fields;
   for (int64_t t = 0; t < taps; ++t) {
     offsets[t] = (t / g.kernel_w * g.dilation_h * images.width() + t % g.kernel_w * g.dilation_w) *
                  images.pitch();
     for (int64_t c = 0; c < in; ++c) {
       const int64_t at = t * tap_k + c, inside = at % f.depth();
-      const TapField field{static_cast<int>(inside % 4 * 8 + inside / 4 * f.bits), f.bits,
-                           f.shift(), f.add, static_cast<int>(c % 4 * 8)};
-      kernel.spread_tap(weights.packed + at / f.depth() * kVectorBytes, packed_stride,
-                        static_cast<int>(panels), field, w + (t * steps + c / 4) * kVectorBytes,
-                        w_stride, seed);
+      *field++ = {at / f.depth() * kVectorBytes,
+                  static_cast<int>(inside % 4 * 8 + inside / 4 * f.bits),
+                  f.bits,
+                  f.shift(),
+                  f.add,
+                  static_cast<int>(c % 4)};
+      ends[t * steps + c / 4] = static_cast<int>(field - fields);
     }
   }
+  const int places = static_cast<int>(taps * steps);
+  kernel.spread(weights.packed, packed_steps(weights.format, k) * kVectorBytes,
+                static_cast<int>(panels), {places, fields, ends, places}, w, w_stride, seed);
   for (int64_t s = 0; s < steps; ++s)
     for (int64_t n = 0; n < kPanel; ++n)
       for (int64_t j = 0; j < 4; ++j) {

@@ -52,7 +52,7 @@ void Images::quantize(const float* x, int thread, int team) {
   for (int64_t i = images.begin; i < images.end; ++i) {
     const Range mine = part(elements_, index, parts);
     const uint32_t largest =
-        kernel_.amax_bits(x + i * elements_ + mine.begin, mine.end - mine.begin);
+        unit_amax(kernel_, activation_, x + i * elements_ + mine.begin, mine.end - mine.begin);
     uint32_t seen = amax_[i].load(std::memory_order_relaxed);
     while (seen < largest && !amax_[i].compare_exchange_weak(seen, largest)) {
     }
@@ -174,7 +174,7 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
         if (c + i < g.channels)
           encode(kernel_, activation_, unit, x + (c + i) * pixels + at, count, q + i * kRun,
                  lo + i * kRun);
-        else
+        else if (pitch_ > kChannels)  // else nothing else was there
           std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
       }
       const int width = static_cast<int>(std::min<int64_t>(kChannels, pitch_ - c));

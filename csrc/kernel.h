@@ -56,19 +56,30 @@ struct DepthwiseTile {
   int outputs;             // rows of outputs, 1 or 2
   int64_t first;           // channel of a pixel
   int panels;              // from there on
-  const int8_t* w;  // [panel][output][tap][quad][16][4]: weights; 0 where a row is not the kernel's
+  const int8_t*
+      w;  // [panel][output][tap][quad]: weights of a column; 0 where a row is not the kernel's
   ptrdiff_t w_stride;   // from a panel to the next
   const int32_t* seed;  // [panel][16]
-  uint8_t* columns;     // width * quads * 64 bytes of scratch
+  uint8_t* columns;     // width * quads * column_bytes of scratch
   int32_t* acc;         // not null: sums go to [pixel][nr], of one row of outputs, and no more
   const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
   float* y;                   // whole panels are written
   ptrdiff_t y_pitch, y_row;   // from a pixel to the next, from a row to the next
 };
 
-// Where a tap's codes are in a panel's vector, what they mean, and where they go in a dword.
+// Where a weight of each channel is in a panel, what its code means, and which byte of four it
+// becomes in a place of DepthwiseTile::w or GroupedTile::w.
 struct TapField {
+  ptrdiff_t at;  // the vector
   int from, bits, shift, add, to;
+};
+
+// What makes up all places of a panel.
+struct Places {
+  int count;
+  const TapField* fields;
+  const int* ends;  // [count]: behind a place's last field
+  int counted;      // the first ones, whose weights a seed is made of
 };
 
 // One call of the microkernel of grouped convolutions whose panels hold several groups.
@@ -79,11 +90,11 @@ struct GroupedTile {
   const ptrdiff_t* taps;  // [tap_count] bytes from there on
   int tap_count, steps;   // steps of 4 channels of a group
   int panels;
-  ptrdiff_t panel_bytes;      // from what a panel reads to what the next one does
-  const uint8_t* control;     // [step][16][4]: which of the 16 bytes, above 127: none
-  const int8_t* w;            // [panel][tap][step][16][4]: weights, 0 where there is no channel
-  ptrdiff_t w_stride;         // from a panel to the next
-  const int32_t* seed;        // [panel][16]
+  ptrdiff_t panel_bytes;   // from what a panel reads to what the next one does
+  const uint8_t* control;  // [step][16][4]: which of the 16 bytes, above 127: none
+  const int8_t* w;      // [panel][tap][step]: weights as of a column, 0 where there is no channel
+  ptrdiff_t w_stride;   // from a panel to the next
+  const int32_t* seed;  // [panel][16]
   const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
   float* y;                   // whole panels are written
   ptrdiff_t y_pitch;
@@ -106,12 +117,13 @@ struct Kernel {
   // set). With a = 1 for a negative activation these are the agreements of the signs.
   void (*xnor)(const Tile& tile);
 
+  int column_bytes;  // of a column, and of its weights: 64, or 128 where bytes are widened
   void (*depthwise)(const DepthwiseTile& tile);
   void (*grouped)(const GroupedTile& tile);
-  // One k of `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
-  // `w_stride` apart, which start as zeros, and to their seed (null: not).
-  void (*spread_tap)(const uint8_t* packed, ptrdiff_t stride, int panels, const TapField& field,
-                     int8_t* w, ptrdiff_t w_stride, int32_t* seed);
+  // `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
+  // `w_stride` apart, and to their seed.
+  void (*spread)(const uint8_t* packed, ptrdiff_t stride, int panels, const Places& places,
+                 int8_t* w, ptrdiff_t w_stride, int32_t* seed);
 
   // Activations.
   uint32_t (*amax_bits)(const float* x,

@@ -56,7 +56,7 @@ struct RowBuffers {
 
 void quantize_row(const Kernel& kernel, Activation activation, const Depth& depth, const float* x,
                   int64_t k, int64_t row, RowBuffers& out) {
-  const UnitScale unit = unit_scale(kernel, activation, kernel.amax_bits(x, k), x, k);
+  const UnitScale unit = unit_scale(kernel, activation, unit_amax(kernel, activation, x, k), x, k);
   out.scale[row] = unit.scale;
   const int count = planes(activation);
   int32_t* sums = out.sums + row * count * depth.chunks();

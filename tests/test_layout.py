@@ -162,6 +162,7 @@ CPP_TESTED_IN = {
     "depthwise": "test_conv2d.py",
     "fit": "test_quantizers.py",
     "gemm": "test_linear.py",
+    "grouped": "test_conv2d.py",
     "im2col": "test_conv2d.py",
     "images": "test_conv2d.py",
     "probe": "test_dispatch.py",

@@ -5,6 +5,7 @@
 #endif
 #define LOWBIT_INT16_SUMS
 #define LOWBIT_CARRY_SAVE
+#define LOWBIT_WIDE_COLUMNS
 #include "avx2.inl"
 
 constexpr int kMr = 48, kPanels = 4, kTallMr = kMr, kTallPanels = kPanels;  // cut up further
@@ -20,22 +21,19 @@ inline Reg sign_flip(Reg a) {
   return _mm256_xor_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), a), _mm256_set1_epi8(-128));
 }
 
-// Of any operands: for depthwise convolutions and sums of codes.
+// For sums of codes.
 template <int B>
 inline Reg dot(Reg acc, Reg u, Reg a) {
-  if constexpr (B == 8) {
-    // Even and odd bytes as 16-bit lanes; a pair of products is below 2 * 255 * 128 and exact in 32
-    // bits.
-    const Reg u_even = _mm256_and_si256(u, _mm256_set1_epi16(0xff));
-    const Reg u_odd = _mm256_srli_epi16(u, 8);
-    const Reg a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
-    const Reg a_odd = _mm256_srai_epi16(a, 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(u_even, a_even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(u_odd, a_odd));
-  } else {
-    static_assert(2 * ((1 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
-    return _mm256_add_epi32(acc, sum_pairs(multiply_bytes(u, a), 1));
-  }
+  static_assert(2 * ((1 << B) - 1) * 128 <= 32767, "vpmaddubsw would saturate");
+  return _mm256_add_epi32(acc, sum_pairs(multiply_bytes(u, a), 1));
+}
+inline void widen(Reg v, Reg& even, Reg& odd) {
+  even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+  odd = _mm256_srai_epi16(v, 8);
+}
+inline Reg dot_shorts(Reg acc, Reg a, Reg b) {
+  accumulate(acc, _mm256_madd_epi16(a, b));  // in this order: GCC 12 would spill many products
+  return acc;
 }
 
 #include "microkernel.inl"

@@ -128,19 +128,43 @@ void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t
   run(from, stride, count, segments, segment_count, bytes, to, pitch);
 }
 
-// Sixteen channels of 16 pixels at a time: the channels of a pixel by four, then its four dwords
-// together.
+// Bytes of n pixels to where they belong: more than the channels, since what comes next is written
+// later; but nothing follows the last one.
+template <int Bytes>
+LOWBIT_INLINE void put_pixels(const int8_t (&pixels)[16][Bytes], int n, bool last, int channels,
+                              int8_t* const* out, ptrdiff_t offset) {
+  const int whole = last ? n - 1 : n;
+  for (int j = 0; j < whole; ++j) __builtin_memcpy(out[j] + offset, pixels[j], Bytes);
+  for (int j = whole; j < n; ++j)
+    for (int c = 0; c < channels; ++c) out[j][offset + c] = pixels[j][c];
+}
+
+// 16 pixels at a time: the channels of a pixel by four, then its four dwords together.
 void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out,
                  ptrdiff_t offset) {
-  for (int i = 0; i < count; i += 16) {
+  for (int i = 0; i < count; i += 16, out += 16) {
+    const int n = count - i < 16 ? count - i : 16;
+    const bool last = i + n == count;
+    const auto quad = [&](int q, Reg(&v)[kRegs]) __attribute__((always_inline)) {
+      const int8_t* from = rows + 4 * q * 64 + i;
+      interleave(from, from + 64, from + 128, from + 192, v);
+    };
+    if (channels <= 4) {
+      alignas(kVectorBytes) int8_t pixels[16][4];
+      Reg v[kRegs];
+      quad(0, v);
+      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
+          store(reinterpret_cast<int32_t*>(pixels[r * kLanes]), v[r]);
+      put_pixels(pixels, n, last, channels, out, offset);
+      continue;
+    }
     alignas(kVectorBytes) int8_t pixels[16][16];
     Lanes v[4][kRegs];
     LOWBIT_UNROLL for (int q = 0; q < 4; ++q) {
-      const int8_t* from = rows + 4 * q * 64 + i;
-      Reg quad[kRegs];
-      interleave(from, from + 64, from + 128, from + 192, quad);
+      Reg four[kRegs];
+      quad(q, four);
       LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-          store(reinterpret_cast<int32_t*>(&v[q][r]), quad[r]);
+          store(reinterpret_cast<int32_t*>(&v[q][r]), four[r]);
     }
     LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
       Lanes even[2], odd[2], all[4];
@@ -150,15 +174,6 @@ void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out
       zip(even[1], odd[1], all[2], all[3]);
       __builtin_memcpy(pixels[r * kLanes], all, sizeof(all));
     }
-    const int n = count - i < 16 ? count - i : 16;
-    const int whole = i + n == count ? n - 1 : n;
-    // More than the channels: what comes next is written later. But nothing follows the last one.
-    if (channels <= 4) {
-      for (int j = 0; j < whole; ++j) __builtin_memcpy(out[i + j] + offset, pixels[j], 4);
-    } else {
-      for (int j = 0; j < whole; ++j) __builtin_memcpy(out[i + j] + offset, pixels[j], 16);
-    }
-    for (int j = whole; j < n; ++j)
-      for (int c = 0; c < channels; ++c) out[i + j][offset + c] = pixels[j][c];
+    put_pixels(pixels, n, last, channels, out, offset);
   }
 }

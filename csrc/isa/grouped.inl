@@ -11,20 +11,18 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
   const uint8_t* const seed = reinterpret_cast<const uint8_t*>(t.seed + panel * kPanel);
   const ptrdiff_t stride = t.stride, *const taps = t.taps;
   const int count = t.tap_count, steps = t.steps;
-  const Reg flip = bytes(kActivationZero);
   Reg acc[MR][kRegs];
   LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v)
       acc[r][v] = load(seed + v * kRegBytes);
   for (int tap = 0; tap < count; ++tap) {
     Reg a[MR];
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) a[r] =
-        bit_xor(load16(from + taps[tap] + r * stride), flip);
-    for (int s = 0; s < steps; ++s, w += kVectorBytes)
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) a[r] = load16(from + taps[tap] + r * stride);
+    for (int s = 0; s < steps; ++s, w += kColumnBytes)
       LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
-        const Reg weights = load(w + v * kRegBytes);
+        const Column weights = load_column(w + v * kColumnPart);
         const Reg control = load(t.control + s * kVectorBytes + v * kRegBytes);
         LOWBIT_UNROLL for (int r = 0; r < MR; ++r) acc[r][v] =
-            dot<8>(acc[r][v], shuffle(a[r], control), weights);
+            column_dot(acc[r][v], make_column(shuffle(a[r], control)), weights);
       }
   }
   float* y = t.y + first * t.y_pitch + panel * kPanel;

@@ -22,9 +22,10 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
 #undef X
     },
     xnor_any,
+    kColumnBytes,
     depthwise_tile,
     grouped_tile,
-    spread_tap,
+    spread,
     amax_bits,
     abs_sum,
     quantize8,
