@@ -10,9 +10,10 @@ Examples:
 import sys
 from pathlib import Path
 
-import torch  # noqa: F401  first: it loads the OpenMP runtime that the extension then shares
+from lowbit.openmp import share_openmp
 
 try:
+    share_openmp()
     from lowbit import _core
 except ImportError as error:
     # The command cannot begin, and says so as it says other errors: in a line.
