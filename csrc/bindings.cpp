@@ -311,7 +311,8 @@ PYBIND11_MODULE(_core, m) {
       },
       "format"_a, "activation"_a);
   m.def("build_info", &build_info);
-  m.def("openmp_threads", &omp_get_max_threads);
+  // Not its address, which would have to be known when the extension is loaded.
+  m.def("openmp_threads", [] { return omp_get_max_threads(); });
 
   m.def("pack", &call_pack, "codes"_a.noconvert(), "format"_a);
   m.def("unpack", &call_unpack, "packed"_a.noconvert(), "format"_a, "n"_a, "k"_a);

@@ -27,7 +27,7 @@ namespace {
 
 // What a block reads (its rows; a depthwise one: writes) stays in L2.
 constexpr int64_t kBlockBytes = 256 * 1024;
-constexpr int64_t kPassBytes = int64_t{32} << 20;
+constexpr int64_t kPassBytes = int64_t{512} << 10;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
 
 // The weights of one group of a convolution.
@@ -170,9 +170,9 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   const int64_t in = g.height * g.width * g.channels,
                 out = g.out_height * g.out_width * g.out_channels;
   if (out == 0) return;
-  // Codes live for one pass: an image for each thread at least.
-  const int64_t images =
-      std::max<int64_t>(kPassBytes / std::max<int64_t>(in * planes(activation), 1), threads);
+  // Codes live for one pass, as many images for each thread as its cache holds, one at least.
+  const int64_t bytes = std::max<int64_t>(in * planes(activation), 1);
+  const int64_t images = std::max<int64_t>(kPassBytes / bytes, 1) * std::max(threads, 1);
   Conv2dGeometry pass = g;
   for (int64_t first = 0; first < g.batch; first += images) {
     pass.batch = std::min(images, g.batch - first);

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace lowbit {
 
@@ -29,7 +29,7 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(block_); }
+  ~Scratch() { ::operator delete(block_, kAlignment); }
 
   // Pieces of no elements get null. Throws std::bad_alloc.
   template <class... T>
@@ -46,12 +46,13 @@ class Scratch {
  private:
   void reserve(size_t bytes) {
     if (bytes <= size_) return;
-    std::free(block_);
+    ::operator delete(std::exchange(block_, nullptr), kAlignment);
     size_ = 0;
-    block_ = static_cast<char*>(std::aligned_alloc(64, bytes));
-    if (!block_) throw std::bad_alloc();
+    block_ = static_cast<char*>(::operator new(bytes, kAlignment));
     size_ = bytes;
   }
+
+  static constexpr std::align_val_t kAlignment{64};
 
   char* block_ = nullptr;
   size_t size_ = 0;

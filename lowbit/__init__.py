@@ -3,26 +3,29 @@
 Examples:
     qmodel = lowbit.quantize(model, "w4a8")      # a quantized copy
     report = lowbit.quantize_(model, "w8a8")     # in place; the account of every layer
+    prepared = lowbit.prepare_qat(model, "w2a8") # train this, then lowbit.convert(prepared)
     lowbit.compare(model, ["w8a8", "w4a8"], x)   # speed, size and quality, side by side
 """
 
 import sys
 from pathlib import Path
 
-import torch  # noqa: F401  first: it loads the OpenMP runtime that the extension then shares
+from lowbit.openmp import share_openmp
 
 try:
+    share_openmp()
     from lowbit import _core
 except ImportError as error:
     # The command cannot begin, and says so as it says other errors: in a line.
     if Path(sys.argv[0]).stem == "lowbit" or "lowbit.cli" in sys.orig_argv:
         raise SystemExit(f"lowbit: error: {error}") from None
     raise
-from lowbit import nn
+from lowbit import nn, qat
 from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.fuse import fuse
 from lowbit.info import cpu_info
+from lowbit.qat import convert, prepare_qat
 from lowbit.report import Report, summary
 from lowbit.schemes import RECIPES, Scheme
 from lowbit.serialize import FileFormatError, load_file, save_file
@@ -36,10 +39,13 @@ __all__ = [
     "Scheme",
     "__version__",
     "compare",
+    "convert",
     "cpu_info",
     "fuse",
     "load_file",
     "nn",
+    "prepare_qat",
+    "qat",
     "quantize",
     "quantize_",
     "register_converter",

@@ -134,5 +134,7 @@ def fit_scales(
     out: int,
     threads: int,
 ) -> None: ...
-def probe(what: Literal["dot", "fma", "xnor"], seconds: float) -> float: ...  # MAC/s of one core
+def probe(  # MAC/s of one core
+    what: Literal["dot", "dot8", "dot4", "dot2", "dot1", "fma", "xnor"], seconds: float
+) -> float: ...
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...  # bytes/s

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -169,8 +169,10 @@ def child_slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return slots
 
 
-def run_converted_encoder_layers(model: nn.Module) -> None:
-    """Make transformer encoders call their converted layers.
+def run_converted_encoder_layers(
+    model: nn.Module, replaced: Callable[[nn.Module], bool] = is_converted
+) -> None:
+    """Make transformer encoders call those of their layers that were replaced.
 
     In eval mode `nn.TransformerEncoderLayer` hands the raw weights of linear1 and linear2 to one
     fused function, and `nn.TransformerEncoder` looks at them before it nests its input. The
@@ -181,7 +183,7 @@ def run_converted_encoder_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             linears = [module._modules.get(key) for key in ("linear1", "linear2")]
-            if any(linear is not None and is_converted(linear) for linear in linears):
+            if any(linear is not None and replaced(linear) for linear in linears):
                 module.activation_relu_or_gelu = 0
                 changed.add(id(module))
     for module in model.modules():

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lowbit import rules
 from lowbit.baselines import eval_mode, run
 from lowbit.dataflow import Flow, NotFolded
+from lowbit.norms import fold_channels
 from lowbit.quality import floating_tensors
 from lowbit.report import Entry, count_bytes, is_unit, own_tensors, set_entry, walk, weight_shape
 
@@ -161,16 +162,7 @@ def fold_tensors(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         assert weight is not None
-        mean, var, gamma, beta = map(_double, _tensors(norm))
-        assert mean is not None
-        assert var is not None
-        scale = (var + getattr(norm, "eps", 0.0)).rsqrt()
-        if gamma is not None:
-            scale = scale * gamma
-        shift = -mean if bias is None else bias.detach().double() - mean
-        shift = shift * scale
-        if beta is not None:
-            shift = shift + beta
+        scale, shift = fold_channels(norm, bias)
         values = weight.detach().double()
         if isinstance(layer, nn.ConvTranspose2d):  # [C, N / groups, kh, kw]
             by_group = torch.unflatten(values, 0, (layer.groups, -1))
@@ -181,14 +173,6 @@ def fold_tensors(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         if not (folded.isfinite().all() and shift.isfinite().all()):
             raise NotFolded("the folded weights would not be finite: are its statistics?")
         return folded.contiguous(), shift
-
-
-def _tensors(norm: nn.Module) -> tuple[Any, Any, Any, Any]:
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias
-
-
-def _double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().double()
 
 
 def out_channels(layer: nn.Module) -> int:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 import lowbit._core as _core
-
-_OPENMP_LIBRARY = re.compile(r"^lib(gomp|iomp5|omp)\b.*\.(so|dylib)")
+from lowbit.openmp import loaded_openmp_libraries
 
 
 def cpu_info() -> dict[str, Any]:
@@ -88,12 +87,6 @@ def version() -> str:
         return str(_core.build_info()["version"])
 
 
-def openmp_libraries(maps: str) -> list[str]:
-    """The OpenMP runtimes named in the text of a `/proc/<pid>/maps`: paths, sorted, each once."""
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/") > 1}
-    return sorted(path for path in paths if _OPENMP_LIBRARY.match(path.rsplit("/", 1)[-1]))
-
-
 def openmp_verdict(libraries: list[str] | None) -> str:
     """One sentence on the loaded OpenMP runtimes; None means that they could not be listed."""
     if libraries is None:
@@ -109,7 +102,7 @@ def openmp_verdict(libraries: list[str] | None) -> str:
 
 
 def _threads() -> dict[str, Any]:
-    libraries = _loaded_openmp_libraries()
+    libraries = loaded_openmp_libraries()
     return {
         "torch": torch.get_num_threads(),
         "openmp_max": _core.openmp_threads(),
@@ -117,13 +110,6 @@ def _threads() -> dict[str, Any]:
         "one_pool": None if libraries is None else len(libraries) == 1,
         "verdict": openmp_verdict(libraries),
     }
-
-
-def _loaded_openmp_libraries() -> list[str] | None:
-    try:
-        return openmp_libraries(Path("/proc/self/maps").read_text())
-    except OSError:
-        return None
 
 
 def _cpu_model() -> str:

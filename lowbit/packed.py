@@ -69,9 +69,9 @@ def conv_weight_layout(
     """Layout of a convolution's weight: (blocks, rows of a block, K).
 
     K runs over (kernel row, kernel column, channel of the group), the channels of a tap padded to
-    whole vectors unless they fill less than one. Groups of 1, 2, 4 or 8 output channels (a depthwise
-    convolution's have 1) make one block, whose panels they share; any other has one block for each
-    group.
+    whole vectors unless they fill less than one. Groups of 1, 2, 4 or 8 output channels (a
+    depthwise convolution's have 1) make one block, whose panels they share; any other has one block
+    for each group.
 
     Raises:
         ValueError: sizes below 1, or channels that the groups do not divide.

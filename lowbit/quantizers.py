@@ -150,42 +150,84 @@ def nearest_codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return codes.clamp_(*fmt.produced)
 
 
+def group_units(w: Tensor, group_size: int | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights [N, K] by the units that share a scale: [N, G, L], and a mask [G, L]: 0 at padding.
+
+    Differentiable; what is padding is 0.
+    """
+    k = w.shape[1]
+    length = group_size or k
+    groups = -(-k // group_size) if group_size else 1
+    mask = w.new_zeros(groups * length)
+    mask[:k] = 1.0 if valid is None else valid.to(w.dtype)
+    mask = mask.view(groups, length)
+    x = torch.nn.functional.pad(w, (0, groups * length - k))
+    return x.reshape(-1, groups, length) * mask, mask
+
+
+def effective_scales(scale: Tensor, group_scale: Tensor | None) -> Tensor:
+    """The scales of all units [N, G] as `split_scales` stores them, float16 rounding included."""
+    return scale[:, None] if group_scale is None else scale[:, None] * group_scale.float()
+
+
+def unit_codes(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """Codes, as float32, of units x [N, G, L] at scales [N, G]; those of 0 where a scale is 0."""
+    zero = (scale.abs() < _FLT_MIN)[..., None]
+    x = torch.where(zero, 0.0, x)
+    return nearest_codes(x, torch.where(zero, 1.0, scale[..., None]), fmt)
+
+
+def round_to_scales(
+    w: Tensor, unit_scale: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None = None
+) -> QuantizedWeight:
+    """The levels nearest to weights, at scales that are given.
+
+    Args:
+        w: float32 [N, K].
+        unit_scale: float32 [N, G], G = ceil(K / group_size), or 1 without groups; may be negative.
+        fmt, group_size, valid: as for a `Quantizer`.
+    """
+    return _round(w, fmt, group_size, valid, lambda x, mask, part: unit_scale[part])
+
+
 def _round_with(rule: _ScaleRule) -> Quantizer:
     """The quantizer that takes its scales from `rule` and rounds to the nearest level."""
 
     def quantizer(
         w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None
     ) -> QuantizedWeight:
-        n, k = w.shape
-        length = group_size or k
-        groups = -(-k // group_size) if group_size else 1
-        codes = w.new_empty((n, k), dtype=torch.uint8)
-        scale = w.new_zeros(n)
-        group_scale = w.new_zeros((n, groups), dtype=torch.float16) if group_size else None
-        if k == 0:
-            return QuantizedWeight(codes, scale, group_scale, None, fmt, group_size)
-        mask = w.new_zeros(groups * length)
-        mask[:k] = 1.0 if valid is None else valid.float()
-        mask = mask.view(groups, length)
-        rows = max(1, _CHUNK // k)
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            x = torch.nn.functional.pad(w[part], (0, groups * length - k))
-            x = x.view(-1, groups, length) * mask
-            channel, group = split_scales(rule(x, mask, fmt), group_size)
-            scale[part] = channel
-            effective = channel[:, None]
-            if group is not None and group_scale is not None:
-                group_scale[part] = group
-                # Codes are chosen for the scale as stored, float16 rounding included.
-                effective = effective * group.float()
-            zero = (effective.abs() < _FLT_MIN)[..., None]
-            x = torch.where(zero, 0.0, x)
-            chosen = nearest_codes(x, torch.where(zero, 1.0, effective[..., None]), fmt) * mask
-            codes[part] = chosen.flatten(1)[:, :k].to(torch.uint8)
-        return QuantizedWeight(codes, scale, group_scale, None, fmt, group_size)
+        return _round(w, fmt, group_size, valid, lambda x, mask, part: rule(x, mask, fmt))
 
     return quantizer
+
+
+def _round(
+    w: Tensor,
+    fmt: Format,
+    group_size: int | None,
+    valid: Tensor | None,
+    scales: Callable[[Tensor, Tensor, slice], Tensor],
+) -> QuantizedWeight:
+    """Rounds to the nearest level; `scales(x, mask, rows)` are those of units x [R, G, L]."""
+    n, k = w.shape
+    groups = -(-k // group_size) if group_size else 1
+    codes = w.new_empty((n, k), dtype=torch.uint8)
+    scale = w.new_zeros(n)
+    group_scale = w.new_zeros((n, groups), dtype=torch.float16) if group_size else None
+    if k == 0:
+        return QuantizedWeight(codes, scale, group_scale, None, fmt, group_size)
+    rows = max(1, _CHUNK // k)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        x, mask = group_units(w[part], group_size, valid)
+        channel, group = split_scales(scales(x, mask, part), group_size)
+        scale[part] = channel
+        if group is not None and group_scale is not None:
+            group_scale[part] = group
+        # Codes are chosen for the scale as stored.
+        chosen = unit_codes(x, effective_scales(channel, group), fmt) * mask
+        codes[part] = chosen.flatten(1)[:, :k].to(torch.uint8)
+    return QuantizedWeight(codes, scale, group_scale, None, fmt, group_size)
 
 
 def _minmax_scale(x: Tensor, mask: Tensor, fmt: Format) -> Tensor:

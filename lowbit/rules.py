@@ -176,6 +176,8 @@ def _blocked(module: nn.Module, parent: nn.Module | None) -> str:
             "parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first, "
             "then convert"
         )
+    if hasattr(type(module), "lowbit_class"):
+        return "it is prepared for training: lowbit.convert makes the deployed layer of it"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):

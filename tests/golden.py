@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -181,6 +182,7 @@ def _write() -> None:
 
 
 def _check(extension: str, isa: str) -> int:
+    sys.setdlopenflags(os.RTLD_LAZY)  # one thread needs no OpenMP runtime
     spec = importlib.util.spec_from_file_location("_core", extension)
     assert spec
     assert spec.loader

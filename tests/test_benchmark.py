@@ -16,8 +16,9 @@ from lowbit.benchmark.case import (
     convert,
     lowbit_candidates,
     make,
+    padded_candidates,
 )
-from lowbit.benchmark.ceilings import Ceilings, probe
+from lowbit.benchmark.ceilings import ARITHMETIC, Ceilings, probe
 from lowbit.benchmark.measure import measure, relative_error
 from lowbit.benchmark.peers import PEERS
 from lowbit.benchmark.peers.blocks import block_codes, pack_codes
@@ -25,7 +26,9 @@ from lowbit.benchmark.plot import plot
 from lowbit.benchmark.result import Result
 from lowbit.benchmark.run import Options, run
 
-CEILINGS = Ceilings(threads=2, dot=1e12, fma=2e11, xnor=5e12, read=4e10)
+CEILINGS = Ceilings(
+    threads=2, dot8=1e12, dot4=9e11, dot2=8e11, dot1=7e11, fma=2e11, xnor=5e12, read=4e10
+)
 QUICK = {"budget_seconds": 0.01, "min_rounds": 2, "probe_seconds": 0.003, "rotate_bytes": 0}
 
 # Relative error of the output that rounding random weights to so many bits may cause.
@@ -98,6 +101,7 @@ def test_lowbit_candidates_know_their_ceiling_and_bytes():
         "w8a16": ("dot", 2),
     }
     scales = 4 * 32
+    assert [found[name].probe for name in found] == ["dot8", "dot4", "xnor", "dot8"]
     assert found["w8a8"].weight_bytes == 128 * 32 + scales
     assert found["w4a8"].weight_bytes == 128 * 32 // 2 + scales
 
@@ -154,6 +158,38 @@ def test_pack_codes_puts_the_first_code_lowest():
     assert pack_codes(codes, 2).tolist() == [[0b00111001, 0b11011010]]
     assert pack_codes(codes, 4).tolist() == [[0x21, 0x03, 0x22, 0x31]]
     assert pack_codes(codes, 8).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(("shape", "m"), [("100x70", 1), ("64x1", 200), ("33x32", 3)])
+def test_padded_candidates_compute_the_ragged_layer(shape, m):
+    case = make("linear", shape, m)
+    reference = case.layer(case.x).detach()
+    found = padded_candidates(case, FORMATS)
+    assert [c.name for c in found] == [f"{name} padded" for name in FORMATS]
+    with torch.inference_mode():
+        for c in found:
+            assert not c.own
+            assert not c.rival
+            assert 0 < relative_error(reference, c.build()(case.x)) < c.most_error
+    assert padded_candidates(make("linear", "64x32", m), FORMATS) == []
+    assert padded_candidates(make("conv", "3x8k3@5", m), FORMATS) == []
+
+
+def test_padded_layers_are_timed_beside_the_ragged_ones():
+    options = Options(shapes=("33x20",), m=(2,), formats=("w8a8",), peers=(), padded=True, **QUICK)
+    (group,) = run(options).groups
+    assert [row.name for row in group.rows] == ["w8a8", "w8a8 padded"]
+    assert group.failed == {}
+
+
+def test_convolutions_pass_over_peers_without_any():
+    options = Options(op="conv", shapes=("4x8k3@6",), m=(1,), formats=("w8a8",), **QUICK)
+    result = run(options)
+    assert {*result.missing, *result.peers} == {n for n, peer in PEERS.items() if peer.conv}
+    rows = {row.name: row for row in result.groups[0].rows}
+    assert rows["w8a8"].layout == "nchw"
+    assert rows["w8a8 channels_last"].layout == "channels_last"
+    assert rows["w8a8 channels_last"].versus_peer.rounds >= 2
 
 
 def candidate(name, output, weight_bytes=1000, ceiling="dot", passes=1, built=None):
@@ -225,6 +261,16 @@ def test_measure_does_not_claim_memory_where_copies_do_not_suffice(monkeypatch):
     assert group.rows[0].fraction_of_read is None
 
 
+def test_the_error_of_few_outputs_is_no_reason():
+    case = make("linear", "64x32", 1)
+    y = case.layer(case.x).detach()
+    assert [row.name for row in quick_measure(case, [candidate("far", 3 * y)]).rows] == ["far"]
+    assert quick_measure(case, [candidate("nan", y * float("nan"))]).rows == []
+    case = make("linear", "64x32", 2)
+    y = case.layer(case.x).detach()
+    assert quick_measure(case, [candidate("far", 3 * y)]).rows == []
+
+
 def test_measure_names_what_failed():
     case = make("linear", "64x32", 2)
     y = case.layer(case.x).detach()
@@ -248,8 +294,10 @@ def test_measure_names_what_failed():
 def test_probe_scales_with_threads_and_is_positive():
     ceilings = probe(1, 0.003)
     assert ceilings.threads == 1
-    assert min(ceilings.dot, ceilings.fma, ceilings.xnor, ceilings.read) > 0
+    assert min(map(ceilings.macs_per_second, ARITHMETIC)) > 0
+    assert ceilings.read > 0
     assert ceilings.macs_per_second("xnor") == ceilings.xnor
+    assert ceilings.macs_per_second("dot2") == ceilings.dot2
     assert "GMAC/s" in str(ceilings)
 
 
@@ -291,7 +339,7 @@ def test_result_as_json(result):
     assert row["name"] == "w8a8"
     assert row["timing"]["rounds"] >= 2
     assert row["versus_float32"]["median"] > 0
-    assert data["groups"][0]["ceilings"]["dot"] > 0
+    assert data["groups"][0]["ceilings"]["dot4"] > 0
 
 
 def test_result_as_text(result):

@@ -37,9 +37,11 @@ def run_python(code: str, *arguments: str, prefix=(), **environment: str):
     )
 
 
-# Loads the extension by its path, without torch: quick, and possible under qemu.
+# Loads the extension by its path, without torch: quick, and possible under qemu. Lazily, since
+# there is no OpenMP runtime, which one thread does not need.
 LOAD = """
-import importlib.util, sys
+import importlib.util, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
 spec = importlib.util.spec_from_file_location("lowbit._core", sys.argv[1])
 core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)

@@ -14,20 +14,9 @@ from lowbit.info import (
     cache_bytes,
     cpu_info,
     describe,
-    openmp_libraries,
     openmp_verdict,
     version,
 )
-
-MAPS = """\
-7f00-7f01 r--p 00000000 08:01 12   /usr/lib/x86_64-linux-gnu/libc.so.6
-7f01-7f02 r--p 00000000 08:01 34   /venv/lib/torch/lib/libgomp.so.1
-7f02-7f03 r-xp 00001000 08:01 34   /venv/lib/torch/lib/libgomp.so.1
-7f03-7f04 r--p 00000000 08:01 56   /opt/my tools/lib/libiomp5.so
-7f04-7f05 r--p 00000000 08:01 78   /usr/lib/libompl.so.16
-7f05-7f06 rw-p 00000000 00:00 0    [heap]
-7f06-7f07 rw-p 00000000 00:00 0
-"""
 
 
 def test_is_json_with_all_parts():
@@ -89,11 +78,6 @@ def test_caches_as_linux_lists_them(tmp_path):
     (tmp_path / "index5").mkdir()  # says nothing
     assert cache_bytes(tmp_path) == {"l1": 48 << 10, "l2": 1 << 20, "l3": 32 << 20}
     assert cache_bytes(tmp_path / "nowhere") == {}
-
-
-def test_finds_openmp_runtimes_in_a_memory_map():
-    found = openmp_libraries(MAPS)
-    assert found == ["/opt/my tools/lib/libiomp5.so", "/venv/lib/torch/lib/libgomp.so.1"]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,7 @@ PYTHON_TESTED_IN = {
     "lowbit.container": "test_serialize.py",
     "lowbit.dataflow": "test_fuse.py",
     "lowbit.model_argument": "test_cli.py",
+    "lowbit.norms": "test_fuse.py",
     "lowbit.packed": "test_ops.py",
     "lowbit.plan": "test_convert.py",
 }

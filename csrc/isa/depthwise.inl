@@ -24,13 +24,19 @@ inline Reg column_dot(Reg acc, const Column& x, const Column& w) {
   return dot_shorts(dot_shorts(acc, x.even, w.even), x.odd, w.odd);
 }
 #else
-// Activations are the unsigned factor: 128 more than they are, which the seed takes back.
-constexpr int kWide = 1, kActivationZero = 128;
 using Column = Reg;
-inline Column make_column(Reg v) { return bit_xor(v, bytes(kActivationZero)); }
 inline Column load_column(const uint8_t* p) { return load(p); }
 inline void store_column(uint8_t* p, const Column& x) { store(reinterpret_cast<int32_t*>(p), x); }
+#ifdef LOWBIT_SIGNED_DOT
+constexpr int kWide = 1, kActivationZero = 0;
+inline Column make_column(Reg v) { return v; }
+inline Reg column_dot(Reg acc, const Column& x, const Column& w) { return signed_dot(acc, x, w); }
+#else
+// Activations are the unsigned factor: 128 more than they are, which the seed takes back.
+constexpr int kWide = 1, kActivationZero = 128;
+inline Column make_column(Reg v) { return bit_xor(v, bytes(kActivationZero)); }
 inline Reg column_dot(Reg acc, const Column& x, const Column& w) { return dot<8>(acc, x, w); }
+#endif
 #endif
 constexpr int kColumnBytes = kVectorBytes * kWide, kColumnPart = kRegBytes * kWide;
 

@@ -35,7 +35,7 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
 }
 
 void grouped_tile(const GroupedTile& t) {
-  constexpr int kRows = kRegs == 1 ? 8 : kRegs == 2 ? 4 : 2;
+  constexpr int kRows = kRegs == 1 ? 8 : 4;
   for (int64_t i = 0; i < t.pixels; i += kRows)
     for (int p = 0; p < t.panels; ++p)
       with_rows<1, kRows>(t.pixels - i < kRows ? static_cast<int>(t.pixels - i) : kRows,

@@ -15,17 +15,6 @@ constexpr int kQuadBytes = kVectorBytes;
 constexpr int kRows = 6;
 constexpr int kFewRows = 12;
 
-// Calls call(sub-tile, rows) for all rows, in tiles of at most `most`, as equal as possible. Rows
-// of an int16 activation stay together.
-template <class Call>
-LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
-  const int units = t.rows / t.planes, parts = (t.rows + most - 1) / most;
-  for (int i = 0; i < parts; ++i) {
-    const int first = units * i / parts * t.planes, end = units * (i + 1) / parts * t.planes;
-    call(rows_of(t, first, end - first), end - first);
-  }
-}
-
 // Codes of at most 4 bits. With few rows the bit fields are unpacked in registers; with many, once
 // for all rows, to `room`, where a panel becomes a dword of every channel after the other.
 template <int B, int S>

@@ -10,14 +10,15 @@
 //   unpack<B, P, S, Tight>(v) bit field P (B bits wide) of every byte, moved to bit S; Tight: no
 //                           register is left for a constant
 //   dot<B>(acc, u, a)       acc[lane] += sum of 4 products u8 * s8 (u < 2^B)
+//   signed_dot(acc, a, b)   of s8 * s8, with LOWBIT_SIGNED_DOT
 //   bit_xor(a, b) bit_and(a, b) add(a, b) sub(a, b): the last two on lanes
 //   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
 //   multiply(a, b) fmadd(a, b, c) opaque_float(v)
 //
-// and what dot.inl or, with LOWBIT_INT16_SUMS, int16_dot.inl asks for, and xnor.inl or, with
-// LOWBIT_CARRY_SAVE, carry_save.inl.
+// and what these ask for: dot.inl or, with LOWBIT_INT16_SUMS, _LANE_DOT, _MATRIX_DOT or _LONG_DOT,
+// what is included instead; xnor.inl or, with LOWBIT_CARRY_SAVE or _BYTE_COUNTS, another.
 //
 // Everything is in an unnamed namespace: code compiled for one ISA must not be linked into
 // another's. GCC keeps big accumulator arrays on the stack unless every loop over them is unrolled:
@@ -74,14 +75,33 @@ inline const uint8_t* ahead_of(const Tile& t, int panel) {
 
 #include "probes.inl"
 
-#ifdef LOWBIT_INT16_SUMS
+// Calls call(sub-tile, rows) for all rows, in tiles of at most `most`, as equal as possible. Rows
+// of an int16 activation stay together.
+template <class Call>
+LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
+  const int units = t.rows / t.planes, parts = (t.rows + most - 1) / most;
+  for (int i = 0; i < parts; ++i) {
+    const int first = units * i / parts * t.planes, end = units * (i + 1) / parts * t.planes;
+    call(rows_of(t, first, end - first), end - first);
+  }
+}
+
+#if defined(LOWBIT_INT16_SUMS)
 #include "int16_dot.inl"
+#elif defined(LOWBIT_LANE_DOT)
+#include "lane_tiles.inl"
+#elif defined(LOWBIT_MATRIX_DOT)
+#include "matrix_dot.inl"
+#elif defined(LOWBIT_LONG_DOT)
+#include "long_dot.inl"
 #else
 #include "dot.inl"
 #endif
 
-#ifdef LOWBIT_CARRY_SAVE
+#if defined(LOWBIT_CARRY_SAVE)
 #include "carry_save.inl"
+#elif defined(LOWBIT_BYTE_COUNTS)
+#include "neon_xnor.inl"
 #else
 #include "xnor.inl"
 #endif

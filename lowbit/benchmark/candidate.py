@@ -24,7 +24,7 @@ class Candidate:
         weight_bytes: bytes of weights and scales that one forward call has to read.
         build: makes an independent copy with its own memory, prepared for the benchmark's input
             shape and number of threads; what it returns is what is timed.
-        ceiling: the probe that bounds its arithmetic: `"dot"`, `"fma"` or `"xnor"`; None for
+        ceiling: what bounds its arithmetic: `"dot"` (integers), `"fma"` or `"xnor"`; None for
             instructions that no probe times, such as bfloat16's.
         passes: how often it runs through the multiplications; 2 for int16 activations, which are
             two int8 passes.
@@ -32,6 +32,10 @@ class Candidate:
             weights stand for 2 bits and for 1.
         activation_bits: 8 for int8, 16 for int16 and bfloat16, 32 for float32, 1 for signs.
         own: whether it is a layer of lowbit.
+        layout: memory format of a convolution's input and output, "nchw" or "channels_last"; None
+            for a linear.
+        rival: whether it is the layer as a user calls it, float32 in and out. What is not (a bare
+            operator, a padded shape) is timed and shown, but nothing has to be quicker than it.
     """
 
     name: str
@@ -42,6 +46,13 @@ class Candidate:
     widths: tuple[int, ...] = (8,)
     activation_bits: int = 8
     own: bool = False
+    layout: str | None = None
+    rival: bool = True
+
+    @property
+    def probe(self) -> str | None:
+        """The probe of `ceiling`: integers have one for each width of weights."""
+        return f"dot{max(self.widths)}" if self.ceiling == "dot" else self.ceiling
 
     @property
     def most_error(self) -> float:
@@ -50,4 +61,13 @@ class Candidate:
 
     def rivals(self, other: Candidate) -> bool:
         """Whether `other` offers this one's width, with activations that are no coarser."""
-        return max(self.widths) in other.widths and other.activation_bits >= self.activation_bits
+        offers = max(self.widths) in other.widths and other.activation_bits >= self.activation_bits
+        return offers and self.races(other)
+
+    def races(self, other: Candidate) -> bool:
+        """Whether `other` is a layer of another engine that this one can be held against.
+
+        An engine may have the layout that it prefers, but who has NCHW is held against NCHW.
+        """
+        same_layout = self.layout in ("channels_last", other.layout)
+        return other.rival and not other.own and same_layout

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lowbit.benchmark.candidate import Candidate, Forward
+from lowbit.benchmark.shapes import LinearShape, parse
 from lowbit.formats import FORMATS as WEIGHTS
 from lowbit.nn import Conv2d, Linear
 from lowbit.nn.base import QuantizedLayer
@@ -27,9 +28,6 @@ CONV_SHAPES = (
 )
 FORMATS = ("w8a8", "w4a8", "w2a8", "w1a8", "w1a1", "w8a16")
 ACTIVATION_BITS = {"int8": 8, "int16": 16, "binary": 1}
-
-_LINEAR = re.compile(r"(\d+)x(\d+)")
-_CONV = re.compile(r"(\d+)x(\d+)k(\d+)(?:s(\d+))?(?:g(\d+))?@(\d+)")
 
 
 @dataclass(frozen=True)
@@ -53,48 +51,20 @@ class Case:
     macs: int
 
 
-def check_shape(op: str, shape: str) -> None:
-    """Raises ValueError, with the grammar, if a shape is not valid for the operation."""
-    if op == "linear":
-        match = _LINEAR.fullmatch(shape)
-        grammar = "INxOUT, e.g. 4096x11008"
-    else:
-        match = _CONV.fullmatch(shape)
-        grammar = "INxOUTkKERNEL[sSTRIDE][gGROUPS]@SIZE, e.g. 64x128k3s2@56"
-    if match is None:
-        raise ValueError(f"shape {shape!r} is not {grammar}")
-    if any(number is not None and int(number) == 0 for number in match.groups()):
-        raise ValueError(f"shape {shape!r} holds a zero")
-    if op == "conv":
-        inputs, outputs, _, _, groups, _ = (int(number or 1) for number in match.groups())
-        if inputs % groups or outputs % groups:
-            raise ValueError(f"shape {shape!r}: {groups} groups do not divide the channels")
-
-
 def make(op: str, shape: str, m: int, layer: nn.Linear | nn.Conv2d | None = None) -> Case:
     """A case with seeded random weights and input, whose weights do not depend on `m`.
 
     Args:
         op: "linear" or "conv".
-        shape: see `check_shape`; convolutions are padded by `kernel // 2`.
+        shape: see `lowbit.benchmark.shapes.parse`.
         m: rows or images.
         layer: that of another case of the same shape, to be used again.
     """
-    check_shape(op, shape)
+    parsed = parse(op, shape)
     torch.manual_seed(0)
-    if op == "linear":
-        inputs, outputs = map(int, shape.split("x"))
-        layer = layer or nn.Linear(inputs, outputs).eval()
-        torch.manual_seed(1)
-        return Case(op, shape, m, layer, torch.randn(m, inputs), m * inputs * outputs)
-    match = _CONV.fullmatch(shape)
-    assert match is not None  # checked above
-    inputs, outputs, kernel, stride, groups, size = (int(number or 1) for number in match.groups())
-    layer = layer or nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups).eval()
+    layer = layer or parsed.layer()
     torch.manual_seed(1)
-    x = torch.randn(m, inputs, size, size)
-    pixels = ((size + 2 * (kernel // 2) - kernel) // stride + 1) ** 2
-    return Case(op, shape, m, layer, x, m * pixels * outputs * (inputs // groups) * kernel**2)
+    return Case(op, shape, m, layer, parsed.input(m), parsed.macs(m))
 
 
 def convert(layer: nn.Linear | nn.Conv2d, formats: Iterable[str]) -> dict[str, QuantizedLayer]:
@@ -123,15 +93,56 @@ def lowbit_candidates(case: Case, layers: Mapping[str, QuantizedLayer]) -> list[
             activation_bits=ACTIVATION_BITS[scheme.activation],
             own=True,
         )
-        candidates.append(candidate)
-        if case.op == "conv":
-            last = lambda layer=layer: _channels_last(layer, case.x)  # noqa: E731
-            name = f"{name} channels_last"
-            candidates.append(dataclasses.replace(candidate, name=name, build=last))
+        if case.op == "linear":
+            candidates.append(candidate)
+            continue
+        candidates.append(dataclasses.replace(candidate, layout="nchw"))
+        last = lambda layer=layer: channels_last(copy.deepcopy(layer), case.x)  # noqa: E731
+        name = f"{name} channels_last"
+        candidates.append(
+            dataclasses.replace(candidate, name=name, build=last, layout="channels_last")
+        )
     return candidates
 
 
-def _channels_last(layer: nn.Module, x: torch.Tensor) -> Forward:
-    inner = copy.deepcopy(layer)
+def channels_last(forward: Forward, x: torch.Tensor) -> Forward:
+    """A call with a channels_last input.
+
+    That is converted once, outside the timing: a channels_last model keeps the format.
+    """
     prepared = x.to(memory_format=torch.channels_last)
-    return lambda _: inner(prepared)
+    return lambda _: forward(prepared)
+
+
+def padded_candidates(case: Case, formats: Iterable[str]) -> list[Candidate]:
+    """lowbit's layers for the case's shape in whole vectors and panels: what raggedness costs.
+
+    The case's weights are a corner of the larger ones, and the input's further features are zero,
+    so that the first `n` outputs are those of the case up to rounding.
+    """
+    shape = parse(case.op, case.shape)
+    if not isinstance(shape, LinearShape) or shape.padded == shape:
+        return []
+    larger = shape.padded
+    layer, x = larger.layer(), torch.zeros(case.m, larger.k)
+    x[:, : shape.k] = case.x
+    with torch.no_grad():
+        layer.weight[: shape.n, : shape.k] = case.layer.weight
+        assert case.layer.bias is not None
+        layer.bias[: shape.n] = case.layer.bias
+    padded = Case(case.op, f"{larger.k}x{larger.n}", case.m, layer, x, larger.macs(case.m))
+    return [
+        dataclasses.replace(
+            candidate,
+            name=f"{candidate.name} padded",
+            build=functools.partial(_corner, candidate.build, x, shape.n),
+            own=False,
+            rival=False,
+        )
+        for candidate in lowbit_candidates(padded, convert(layer, formats))
+    ]
+
+
+def _corner(build: Callable[[], Forward], x: torch.Tensor, n: int) -> Forward:
+    forward = build()
+    return lambda _: forward(x)[:, :n]

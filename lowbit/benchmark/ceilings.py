@@ -1,18 +1,21 @@
 """What this machine can do at most, probed in the same run as the layers.
 
-One core's multiply-accumulates per second with the instructions of the ISA in use, and the bytes
-per second that all threads together read from memory and from the caches. A layer's figure is a
-fraction of these: GMAC/s alone say nothing about how much is left.
+One core's multiply-accumulates per second with the instructions of the ISA in use, for each width
+of weights, and the bytes per second that all threads together read from memory and from the caches.
+A layer's figure is a fraction of these: GMAC/s alone say nothing about how much is left.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import lowbit._core as _core
 from lowbit.info import cache_bytes
+
+Arithmetic = Literal["dot8", "dot4", "dot2", "dot1", "fma", "xnor"]
+ARITHMETIC: tuple[Arithmetic, ...] = get_args(Arithmetic)
 
 READ_BYTES = 512 << 20  # far above the last-level cache of a desktop or a server's share of one
 
@@ -24,7 +27,8 @@ class Ceilings:
     Attributes:
         threads: number of threads; the arithmetic probes run on one core and are multiplied by it,
             so a core that shares its execution units with another makes them too high.
-        dot: int8 multiply-accumulates per second.
+        dot8, dot4, dot2, dot1: multiply-accumulates per second of int8 activations and weights of
+            so many bits: the instructions that unpack the weights are counted, and differ.
         fma: float32 multiply-accumulates per second.
         xnor: binary multiply-accumulates per second.
         read: bytes per second read from memory.
@@ -36,7 +40,10 @@ class Ceilings:
     """
 
     threads: int
-    dot: float
+    dot8: float
+    dot4: float
+    dot2: float
+    dot1: float
     fma: float
     xnor: float
     read: float
@@ -46,8 +53,9 @@ class Ceilings:
     l2_bytes: int = 0
 
     def macs_per_second(self, what: str) -> float:
-        """The arithmetic ceiling called "dot", "fma" or "xnor"."""
-        return {"dot": self.dot, "fma": self.fma, "xnor": self.xnor}[what]
+        """The arithmetic ceiling called "dot8", "dot4", "dot2", "dot1", "fma" or "xnor"."""
+        found: dict[str, float] = {name: getattr(self, name) for name in ARITHMETIC}
+        return found[what]
 
     def bytes_per_second(self, size: int, from_memory: bool) -> tuple[str, float]:
         """Where `size` bytes that are read again and again come from, and the bytes per second.
@@ -75,19 +83,20 @@ class Ceilings:
     def __str__(self) -> str:
         reads = {"memory": self.read, "L3": self.l3, "L2": self.l2}
         known = [f"{name} {rate / 1e9:.1f}" for name, rate in reads.items() if rate is not None]
+        dots = "/".join(f"{r / 1e9:.0f}" for r in (self.dot8, self.dot4, self.dot2, self.dot1))
         return (
-            f"int8 dot {self.dot / 1e9:.0f}, float32 FMA {self.fma / 1e9:.0f}, "
-            f"xnor {self.xnor / 1e9:.0f} GMAC/s; read {', '.join(known)} GB/s"
+            f"dot W8/4/2/1 {dots}, float32 FMA {self.fma / 1e9:.0f}, "
+            f"xnor {self.xnor / 1e9:.0f} GMAC/s;\n  read {', '.join(known)} GB/s"
         )
 
 
 def probe(threads: int, seconds: float = 0.2) -> Ceilings:
-    """Probes all ceilings; takes about six times `seconds`.
+    """Probes all ceilings; takes about nine times `seconds`.
 
     Each is the best of three probes: what else runs on the machine only ever takes away.
     """
 
-    def cores(what: Literal["dot", "fma", "xnor"]) -> float:
+    def cores(what: Arithmetic) -> float:
         return threads * max(_core.probe(what, seconds / 3) for _ in range(3))
 
     def read(size: int) -> float:
@@ -98,7 +107,10 @@ def probe(threads: int, seconds: float = 0.2) -> Ceilings:
     # A buffer of half a cache lies in it wholly; half of the L3 must not lie in the L2s as well.
     return Ceilings(
         threads,
-        cores("dot"),
+        cores("dot8"),
+        cores("dot4"),
+        cores("dot2"),
+        cores("dot1"),
         cores("fma"),
         cores("xnor"),
         read(READ_BYTES),

@@ -25,22 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=("linear", "conv"), default="linear")
     parser.add_argument(
         "--shapes",
-        type=_words,
+        type=words,
         metavar="SHAPE,...",
-        help="linear: INxOUT, e.g. 4096x11008; conv: INxOUTkKERNEL[sSTRIDE][gGROUPS]@SIZE, "
-        "e.g. 64x128k3s2@56",
+        help="linear: INxOUT, e.g. 4096x11008; conv: "
+        "INxOUTkKERNEL[sSTRIDE][dDILATION][gGROUPS]@SIZE, e.g. 64x128k3s2@56",
     )
-    parser.add_argument("--m", type=_numbers, metavar="1,512", help="rows, or images of a batch")
-    parser.add_argument("--formats", type=_words, metavar="w8a8,...", help="lowbit's recipes")
+    parser.add_argument("--m", type=numbers, metavar="1,512", help="rows, or images of a batch")
+    parser.add_argument("--formats", type=words, metavar="w8a8,...", help="lowbit's recipes")
     parser.add_argument(
         "--threads",
         dest="thread_counts",
-        type=_numbers,
+        type=numbers,
         metavar="1,2",
         help="numbers of threads (default: 1)",
     )
     parser.add_argument(
-        "--peers", type=_words, metavar="NAME,...", help="engines to race, or 'none' (default: all)"
+        "--peers", type=words, metavar="NAME,...", help="engines to race, or 'none' (default: all)"
     )
     parser.add_argument(
         "--weights",
@@ -81,15 +81,17 @@ def options(arguments: argparse.Namespace) -> Options:
     return Options(**chosen)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not words:
+def words(text: str) -> tuple[str, ...]:
+    """An argument that lists words, separated by commas."""
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not found:
         raise argparse.ArgumentTypeError("an empty list")
-    return words
+    return found
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(word) for word in _words(text))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{min(numbers)} is not at least 1")
-    return numbers
+def numbers(text: str) -> tuple[int, ...]:
+    """An argument that lists numbers of at least 1."""
+    found = tuple(int(word) for word in words(text))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{min(found)} is not at least 1")
+    return found

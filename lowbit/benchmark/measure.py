@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,10 @@ SPIN_SECONDS = 0.01
 LONG_SECONDS = 0.02
 """A call of so many seconds needs no untimed call before it: threads wake in microseconds, and
 weights are read in a millisecond or two."""
+
+
+FEW_OUTPUTS = 64
+"""The error of fewer numbers says nothing: a sum can be close to zero by chance."""
 
 
 def measure(
@@ -85,7 +90,8 @@ def measure(
             )
     sides.clear()
     gc.collect()
-    rows = _rows(case, built, timings, errors, ceilings, from_memory=rotate_bytes > 0)
+    moved = case.x.nbytes + output_bytes
+    rows = _rows(case, built, timings, errors, ceilings, moved, from_memory=rotate_bytes > 0)
     return Group(
         case.op,
         case.shape,
@@ -93,7 +99,7 @@ def measure(
         ceilings,
         rotate_bytes,
         case.macs,
-        case.x.nbytes + output_bytes,
+        moved,
         rows,
         failed,
     )
@@ -144,6 +150,7 @@ def _calls_per_round(trial: dict[str, float]) -> int:
 
 def relative_error(reference: torch.Tensor, output: torch.Tensor) -> float:
     """Euclidean norm of the difference over that of the reference."""
+    output = output.dequantize() if output.is_quantized else output
     if output.shape != reference.shape:
         raise ValueError(f"output shape {list(output.shape)}, expected {list(reference.shape)}")
     return float((output - reference).norm() / reference.norm())
@@ -156,7 +163,8 @@ def _build(
     try:
         forwards = [candidate.build() for _ in range(copies)]
         error = max(relative_error(reference, forward(x)) for forward in forwards)
-        if not error <= candidate.most_error:  # or NaN
+        few = reference.numel() < FEW_OUTPUTS and math.isfinite(error)
+        if not (error <= candidate.most_error or few):  # or NaN
             raise ArithmeticError(
                 f"relative error {error:.3g}, at most {candidate.most_error} is this layer"
             )
@@ -179,6 +187,7 @@ def _rows(
     timings: dict[str, Timing],
     errors: dict[str, float],
     ceilings: Ceilings,
+    activation_bytes: int,
     from_memory: bool,
 ) -> list[Row]:
     float32 = _quickest(timings, "torch float32")
@@ -188,13 +197,15 @@ def _rows(
         timing = timings[candidate.name]
         read = candidate.weight_bytes / timing.p50
         computing = None
-        if candidate.ceiling is not None:
-            peak = ceilings.macs_per_second(candidate.ceiling)
+        if candidate.probe is not None:
+            peak = ceilings.macs_per_second(candidate.probe)
             computing = case.macs * candidate.passes / peak
-        source, rate = ceilings.bytes_per_second(candidate.weight_bytes, from_memory)
-        reading = candidate.weight_bytes / rate
-        if candidate.ceiling is not None and (computing or 0.0) >= reading:
-            source = candidate.ceiling
+        # A linear's few rows are small beside its weights, a convolution's images are not.
+        moved = candidate.weight_bytes + (activation_bytes if case.op == "conv" else 0)
+        source, rate = ceilings.bytes_per_second(moved, from_memory)
+        reading = moved / rate
+        if candidate.probe is not None and (computing or 0.0) >= reading:
+            source = candidate.probe
         peer = fastest_peer(candidate, candidates, timings) if candidate.own else None
         rows.append(
             Row(
@@ -209,6 +220,8 @@ def _rows(
                 weight_bytes=candidate.weight_bytes,
                 relative_error=errors[candidate.name],
                 own=candidate.own,
+                layout=candidate.layout,
+                rival=candidate.rival,
                 widths=candidate.widths,
                 activation_bits=candidate.activation_bits,
                 bound=source,
@@ -225,7 +238,7 @@ def fastest_peer(
     candidate: Candidate, candidates: list[Candidate], timings: dict[str, Timing]
 ) -> Candidate | None:
     """The quickest of the peers that offer a candidate's width; if none does, of the 8-bit ones."""
-    peers = [other for other in candidates if not other.own]
+    peers = [other for other in candidates if candidate.races(other)]
     rivals = [other for other in peers if candidate.rivals(other)]
     rivals = rivals or [other for other in peers if 8 in other.widths]
     return min(rivals, key=lambda other: timings[other.name].p50, default=None)

@@ -34,10 +34,12 @@ class Row:
         weight_bytes: bytes of weights and scales.
         relative_error: of the output against float32, Euclidean norms; random weights.
         own: whether it is a layer of lowbit.
+        layout: memory format of a convolution's input and output, "nchw" or "channels_last".
+        rival: whether it is the layer as a user calls it; else it is shown and not raced.
         widths: the widths of weights, in bits, that it offers.
         activation_bits: of the activations that it multiplies.
-        bound: what bounds it: "dot", "fma", "xnor", or where the weights are read from: "read"
-            (memory), "l3", "l2".
+        bound: what bounds it: "dot8" to "dot1", "fma", "xnor", or where the weights (and the images
+            of a convolution) are read from: "read" (memory), "l3", "l2".
         fraction_of_bound: the time that this ceiling demands over the median time.
         peer: the fastest peer of the width, for lowbit's own layers.
         peer_rivals: whether that peer offers the width; otherwise it is an 8-bit one.
@@ -55,6 +57,8 @@ class Row:
     weight_bytes: int
     relative_error: float
     own: bool
+    layout: str | None
+    rival: bool
     widths: tuple[int, ...]
     activation_bits: int
     bound: str

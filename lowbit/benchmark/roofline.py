@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.benchmark.shapes import LinearShape, parse
 from lowbit.benchmark.summary import Cell, Summary
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SIGNS = "tab:purple"  # W1A1, whose roof is another
 OTHER_MARKS = "Xph<>8d"
 _SLOPE = "slope"  # marks the labels of slopes
 _SLOPES = {"read": "memory", "l3": "L3", "l2": "L2"}
-_ROOFS = {"dot": "int8 dot", "fma": "float32 FMA", "xnor": "xnor + popcount"}
+_ROOFS = {"dot8": "int8 dot", "dot": "int8 dot", "fma": "float32 FMA", "xnor": "xnor + popcount"}
 
 
 def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> None:
@@ -79,8 +80,8 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
         axes.grid(True, which="major", color="gainsboro", linewidth=0.6)
     panels[0].set_ylabel("GMAC/s")
     cpu = summary.lines[-1]["result"]["environment"]["cpu"]["model"]
-    k, n = shape.split("x")
-    figure.suptitle(f"Linear K = {k}, N = {n}, float32 in and out, {cpu}", fontsize=11)
+    size = _parsed(shape)
+    figure.suptitle(f"Linear K = {size.k}, N = {size.n}, float32 in and out, {cpu}", fontsize=11)
     entries: dict[str, Artist] = {}
     for axes in panels:  # an engine may be missing in one of them
         handles, labels = axes.get_legend_handles_labels()
@@ -98,15 +99,16 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
 
 
 def _richest(summary: Summary) -> str:
-    shapes = [cell.shape for cell in summary.cells]
+    shapes = [cell.shape for cell in summary.cells if cell.kind == "linear"]
     if not shapes:
         raise ValueError("there are no results to draw")
-    return max(shapes, key=lambda shape: (shapes.count(shape), _size(shape)))
+    return max(shapes, key=lambda shape: (shapes.count(shape), _parsed(shape).weights))
 
 
-def _size(shape: str) -> int:
-    k, n = map(int, shape.split("x"))
-    return k * n
+def _parsed(shape: str) -> LinearShape:
+    parsed = parse("linear", shape)
+    assert isinstance(parsed, LinearShape)
+    return parsed
 
 
 def series(cells: Sequence[Cell]) -> list[Cell]:
@@ -171,12 +173,13 @@ def _draw_roofs(axes: Axes, summary: Summary, cells: Sequence[Cell]) -> None:
     left = min(cell.intensity for cell in cells) / 1.5
     right = max(cell.intensity for cell in cells) * 1.8
     lowest = min(cell.macs_per_second for cell in cells) / 1e9 / 2
-    top = max(found[name] for name in _ROOFS)
+    roofs = {name: words for name, words in _ROOFS.items() if name in found}
+    top = max(found[name] for name in roofs)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest, 2.2 * top))
     style: dict[str, Any] = {"color": "black", "linewidth": 0.9, "zorder": 1}
     text: dict[str, Any] = {"fontsize": 7.5, "color": "black", "zorder": 4}
     slowest = found["read"]
-    for name, words in _ROOFS.items():
+    for name, words in roofs.items():
         roof = found[name]
         axes.plot([max(left, roof / max(found.get("l2", 0), slowest)), right], [roof] * 2, **style)
         axes.text(right / 1.1, roof * 1.06, f"{words} {roof:.0f}", ha="right", **text)

@@ -16,6 +16,7 @@ from lowbit.benchmark.ceilings import Ceilings, probe
 from lowbit.benchmark.measure import measure, reason
 from lowbit.benchmark.peers import PEERS, Peer
 from lowbit.benchmark.result import Group, Result
+from lowbit.benchmark.shapes import parse
 from lowbit.info import cpu_info
 from lowbit.schemes import Scheme
 
@@ -29,7 +30,7 @@ class Options:
 
     Attributes:
         op: "linear" or "conv".
-        shapes: see `lowbit.benchmark.case.check_shape` for the grammar.
+        shapes: see `lowbit.benchmark.shapes.parse` for the grammar.
         m: rows of a linear's input, images of a convolution's.
         formats: recipes of lowbit's layers.
         threads: numbers of threads.
@@ -39,6 +40,7 @@ class Options:
         budget_seconds: per shape, M and number of threads, for all engines together.
         min_rounds: rounds at least.
         probe_seconds: for each ceiling.
+        padded: times lowbit's layers of ragged linears also in whole vectors and panels.
     """
 
     op: str = "linear"
@@ -52,13 +54,14 @@ class Options:
     budget_seconds: float = 3.0
     min_rounds: int = 10
     probe_seconds: float = 0.3
+    padded: bool = False
 
     def check(self) -> None:
         """Raises ValueError for anything that would fail later."""
         if self.op not in ("linear", "conv"):
             raise ValueError(f"unknown operation {self.op!r}: use linear or conv")
         for shape in self.shapes:
-            cases.check_shape(self.op, shape)
+            parse(self.op, shape)
         for name in self.formats:
             Scheme.parse(name)
         for name in self.peers:
@@ -93,8 +96,9 @@ def run(
     options.check()
     say = progress or (lambda _: None)
     save = save or (lambda _: None)
-    missing = {name: reason for name in options.peers if (reason := PEERS[name].missing())}
-    peers = [PEERS[name] for name in options.peers if name not in missing]
+    offering = [name for name in options.peers if getattr(PEERS[name], options.op) is not None]
+    missing = {name: reason for name in offering if (reason := PEERS[name].missing())}
+    peers = [PEERS[name] for name in offering if name not in missing]
     threads_before, isa_before = torch.get_num_threads(), _core.isa()
     engine_before = torch.backends.quantized.engine
     groups: list[Group] = []
@@ -115,6 +119,8 @@ def run(
                     say(f"{options.op} {shape}, M={m}, {threads} threads")
                     case = cases.make(options.op, shape, m, layer)
                     candidates = cases.lowbit_candidates(case, layers)
+                    if options.padded:
+                        candidates += cases.padded_candidates(case, options.formats)
                     groups.append(_run_case(options, case, candidates, ceilings, peers))
                     save(Result(groups[-1:], missing, versions, environment))
                     del case, candidates

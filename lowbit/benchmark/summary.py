@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from lowbit.benchmark.shapes import Shape, parse
+
+CEILINGS = {
+    "dot8": ("int8 dot", "GMAC/s"),
+    "dot4": ("int8 x int4 dot", "GMAC/s"),
+    "dot2": ("int8 x int2 dot", "GMAC/s"),
+    "dot1": ("int8 x binary dot", "GMAC/s"),
+    "dot": ("int8 dot", "GMAC/s"),  # of files from before it had widths
+    "fma": ("float32 FMA", "GMAC/s"),
+    "xnor": ("xnor + popcount", "GMAC/s"),
+    "read": ("read from memory", "GB/s"),
+    "l3": ("read from L3", "GB/s"),
+    "l2": ("read from L2", "GB/s"),
+}
+"""Ceiling -> words and unit."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A ratio over the rounds: median, 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.p10:.2f}-{self.p90:.2f})"
 
 
 @dataclass(frozen=True)
@@ -18,19 +47,23 @@ class Cell:
         name: lowbit's recipe, or the peer's engine and format.
         own: whether it is a layer of lowbit.
         widths: the widths of weights, in bits, that it offers.
-        shape, m, threads: of the case.
+        shape, m, threads, op: of the case.
         source: "memory" if the weights came from there, through copies; else "cache": the same
             weights each call, from a cache if they fit.
         seconds: median of a call.
         macs: multiply-accumulates of a call.
         weight_bytes: weights and scales.
         activation_bytes: float32 input and output.
-        bound: the ceiling that bounds it: "dot", "fma", "xnor", "read", "l3" or "l2".
+        bound: the ceiling that bounds it: "dot8" to "dot1", "fma", "xnor", "read", "l3" or "l2".
         fraction: of that ceiling.
+        peak: of the arithmetic ceiling, whatever bounds it; None where no probe times it.
+        layout: memory format of a convolution, "nchw" or "channels_last".
         peer: the fastest peer; None for a peer's own cell, and where there is none.
         rivals: whether that peer offers the same width; otherwise it is an 8-bit one.
         ratio: how many times quicker than the peer, median of the rounds.
         p10, p90: percentiles of that ratio.
+        int8: how many times quicker than torch's INT8, the better of its engines.
+        float32: how many times quicker than torch's float32, in its better memory format.
     """
 
     name: str
@@ -51,6 +84,21 @@ class Cell:
     ratio: float | None = None
     p10: float | None = None
     p90: float | None = None
+    op: str = "linear"
+    peak: float | None = None
+    layout: str | None = None
+    int8: Spread | None = None
+    float32: Spread | None = None
+
+    @property
+    def parsed(self) -> Shape:
+        """The shape."""
+        return parse(self.op, self.shape)
+
+    @property
+    def kind(self) -> str:
+        """What targets and tables go by: "linear", "ragged", or a kind of convolution."""
+        return self.parsed.kind
 
     @property
     def macs_per_second(self) -> float:
@@ -114,6 +162,10 @@ class Summary:
         """M and source, few rows first, memory before cache."""
         return sorted({cell.column for cell in self.cells}, key=lambda c: (c[0], c[1] != "memory"))
 
+    def part(self, holds: Callable[[Cell], bool]) -> Summary:
+        """The same with fewer cells."""
+        return dataclasses.replace(self, cells=[cell for cell in self.cells if holds(cell)])
+
     def select(self, **fields: Any) -> list[Cell]:
         """The cells whose fields have these values."""
         wanted = fields.items()
@@ -133,14 +185,14 @@ class Summary:
         found: dict[str, list[float]] = {}
         for group in self.groups:
             if group["threads"] == threads:
-                for name in ("dot", "fma", "xnor", "read", "l3", "l2"):
-                    if group["ceilings"][name] is not None:
+                for name in CEILINGS:
+                    if group["ceilings"].get(name) is not None:
                         found.setdefault(name, []).append(group["ceilings"][name])
         return found
 
 
 def summarize(lines: Iterable[dict[str, Any]]) -> Summary:
-    """What `lowbit.benchmark.matrix.load` returned, as cells.
+    """What `lowbit.benchmark.runner.load` returned for layers, as cells.
 
     Of two measurements of one cell (the formats of a case were measured in two runs) the later
     holds.
@@ -153,6 +205,26 @@ def summarize(lines: Iterable[dict[str, Any]]) -> Summary:
             cell = _cell(group, row)
             cells[cell.name, cell.shape, cell.m, cell.threads, cell.source] = cell
     return Summary(list(cells.values()), groups, lines)
+
+
+def by_isa(lines: Iterable[dict[str, Any]]) -> dict[str, Summary]:
+    """A summary for each instruction set that was in use, first the one that nothing was held to.
+
+    Of several such ones, or of none, that of the most lines comes first.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["result"]["environment"]["isa"]["chosen"], []).append(line)
+
+    def place(item: tuple[str, list[dict[str, Any]]]) -> tuple[bool, int]:
+        return all(line["case"]["isa"] is not None for line in item[1]), -len(item[1])
+
+    ordered = sorted(found.items(), key=place)
+    return {isa: summarize(same) for isa, same in ordered}
+
+
+def _spread(found: dict[str, float] | None) -> Spread | None:
+    return Spread(found["median"], found["p10"], found["p90"]) if found else None
 
 
 def _cell(group: dict[str, Any], row: dict[str, Any]) -> Cell:
@@ -176,6 +248,11 @@ def _cell(group: dict[str, Any], row: dict[str, Any]) -> Cell:
         ratio=versus.get("median"),
         p10=versus.get("p10"),
         p90=versus.get("p90"),
+        op=group["op"],
+        peak=row.get("fraction_of_peak"),
+        layout=row.get("layout"),
+        int8=_spread(row.get("versus_torch_int8")),
+        float32=_spread(row.get("versus_float32")),
     )
 
 

@@ -1,4 +1,4 @@
-"""A process of the matrix: `python -m lowbit.benchmark.worker OPTIONS`, OPTIONS as JSON.
+"""A process of a benchmark: `python -m lowbit.benchmark.worker OPTIONS`, OPTIONS as JSON.
 
 Prints the result of every case as one line of JSON as soon as it is there, and nothing else: what
 an engine's C code writes to standard output goes to standard error.
@@ -12,28 +12,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lowbit.benchmark.networks import NetworkCase, NetworkResult, race
+from lowbit.benchmark.peers.torch_isa import hold
 from lowbit.benchmark.result import Result
 from lowbit.benchmark.run import Options, run
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the options that the first argument holds."""
-    options = _options(json.loads(arguments[0]))
+    options = _tuples(json.loads(arguments[0]))
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def save(result: Result) -> None:
+    def save(result: Result | NetworkResult) -> None:
         print(json.dumps(result.to_dict()), file=results, flush=True)
 
-    run(options, save=save)
+    hold(options.get("isa"))
+    if "network" in options:
+        save(race(NetworkCase(**options)))
+    else:
+        run(Options(**options), save=save)
 
 
-def _options(given: dict[str, Any]) -> Options:
+def _tuples(given: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no tuples."""
-    tuples: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in given.items()
-    }
-    return Options(**tuples)
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 if __name__ == "__main__":

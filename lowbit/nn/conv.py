@@ -22,6 +22,22 @@ _Size = int | tuple[int, ...]
 _Conv = TypeVar("_Conv", bound="Convolution")
 
 
+def weight_to_matrix(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor]:
+    """A weight [N, C, *kernel] as [N, K] of the packed layout; bool [K]: what is no padding."""
+    channels = weight.shape[1]
+    tap = _core.tap_channels(weight_format, channels)
+    matrix = F.pad(weight.movedim(1, -1), (0, tap - channels)).flatten(1)
+    valid = torch.arange(matrix.shape[1], device=weight.device) % tap < channels
+    return matrix, valid
+
+
+def matrix_to_weight(matrix: Tensor, shape: tuple[int, ...], weight_format: str) -> Tensor:
+    """The inverse of `weight_to_matrix`, for a weight of this shape."""
+    tap = _core.tap_channels(weight_format, shape[1])
+    weight = matrix.view(shape[0], *shape[2:], tap)[..., : shape[1]]
+    return weight.movedim(-1, 1).contiguous()
+
+
 class Convolution(QuantizedLayer):
     """What `Conv1d` and `Conv2d` share. To the kernels, all are 2-D: a signal is one row high."""
 
@@ -119,7 +135,7 @@ class Convolution(QuantizedLayer):
 
     def quantize_from(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over a float layer's weight, quantized, and a bias float32 [N]."""
-        matrix, valid = self._weight_to_matrix(weight.float())
+        matrix, valid = weight_to_matrix(weight.float(), self.scheme.weight)
         self.set_quantized_weight(quantize_weight(matrix, self.scheme, valid))
         self.bias = bias
 
@@ -228,19 +244,8 @@ class Convolution(QuantizedLayer):
                 parts.append(f"{name}={value}")
         return ", ".join(parts)
 
-    def _weight_to_matrix(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [N, C, *kernel] as [N, K] of the packed layout; bool [K]: what is no padding."""
-        channels = weight.shape[1]
-        tap = _core.tap_channels(self.scheme.weight, channels)
-        matrix = F.pad(weight.movedim(1, -1), (0, tap - channels)).flatten(1)
-        valid = torch.arange(matrix.shape[1], device=weight.device) % tap < channels
-        return matrix, valid
-
     def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
-        channels = self.in_channels // self.groups
-        tap = _core.tap_channels(self.scheme.weight, channels)
-        weight = matrix.view(self.out_channels, *self.kernel_size, tap)[..., :channels]
-        return weight.movedim(-1, 1).contiguous()
+        return matrix_to_weight(matrix, self.weight_shape, self.scheme.weight)
 
     def _check_operands(self, tensors: Tensors) -> PackedWeight:
         return conv2d_weight(

@@ -1,38 +1,13 @@
-"""lowbit.benchmark.matrix and its worker: cases, resuming, failures. Processes are made up."""
+"""lowbit.benchmark.matrix: which cases there are, and what their process is told."""
 
 import dataclasses
-import json
-import sys
 
 import pytest
 
-from lowbit.benchmark import ceilings, matrix, worker
-from lowbit.benchmark.matrix import MatrixCase, cases, command, load, run
+from lowbit.benchmark import matrix
+from lowbit.benchmark.matrix import MatrixCase, cases, conv_cases, ragged_cases
 from lowbit.benchmark.run import Options
-from lowbit.benchmark.summary import summarize
-
-
-def options(words):
-    """The options that a command line hands to its worker."""
-    assert words[:3] == [sys.executable, "-m", "lowbit.benchmark.worker"]
-    return json.loads(words[3])
-
-
-class Processes:
-    """Stands in for the processes: prints a result for every M, or ends early at some."""
-
-    def __init__(self, *breaking):
-        self.breaking = breaking
-        self.ran = []
-
-    def __call__(self, words):
-        given = options(words)
-        for m in given["m"]:
-            if m in self.breaking:
-                return
-            self.ran.append((given["shapes"][0], m, given["threads"][0]))
-            yield json.dumps({"groups": [], "m": m})
-
+from lowbit.benchmark.shapes import HELD_KINDS, KINDS, parse
 
 SMALL = {"shapes": ("64x64", "64x32"), "ms": (1, 8), "threads": (1,)}
 
@@ -59,90 +34,47 @@ def test_subsets():
     assert all(case.cost > 0 for case in found)
 
 
-def test_a_command_holds_the_options():
+def test_the_process_is_told_the_options():
     batch = cases(("64x64",), (1, 8), (2,), ("cache",), formats=("w8a8",), peers=(), isa="avx2")
-    assert options(command(batch)) == {
+    given = batch[0].options(batch)
+    assert given == {
+        "op": "linear",
         "shapes": ["64x64"],
         "m": [1, 8],
         "threads": [2],
-        "formats": ["w8a8"],
-        "peers": [],
+        "formats": ("w8a8",),
+        "peers": (),
         "isa": "avx2",
         "budget_seconds": 3.0,
+        "probe_seconds": pytest.approx(0.3),
         "rotate_bytes": 0,
+        "padded": False,
     }
-    memory = options(command([MatrixCase("4096x4096", 1, 1, "memory")]))
-    assert "rotate_bytes" not in memory
-    assert "peers" not in memory  # all of them
-    names = {field.name for field in dataclasses.fields(Options)}
-    assert set(options(command(batch))) <= names
+    memory = MatrixCase("4096x4096", 1, 1, "memory")
+    assert not {"rotate_bytes", "peers"} & set(memory.options([memory]))  # all of them
+    assert set(given) <= {field.name for field in dataclasses.fields(Options)}
 
 
-def test_every_case_is_saved_and_not_run_again(tmp_path):
-    path, processes = tmp_path / "m.jsonl", Processes()
-    few, all_cases = cases(**SMALL)[:1], cases(**SMALL)
-    assert run(few, path, stream=processes) == 0
-    assert run(all_cases, path, stream=processes) == 0
-    assert processes.ran == [("64x64", 1, 1), ("64x64", 8, 1), ("64x32", 1, 1), ("64x32", 8, 1)]
-    assert [line["result"]["m"] for line in load(path)] == [1, 8, 1, 8]
-    assert load(path)[0]["case"]["shape"] == "64x64"
-    assert run(all_cases, path, stream=processes) == 0
-    assert len(processes.ran) == 4
+def test_ragged_shapes_are_timed_beside_padded_ones_without_peers():
+    found = ragged_cases((1,), (1, 2))
+    assert {case.shape for case in found} == set(matrix.RAGGED_SHAPES)
+    assert all(case.options([case])["padded"] and case.peers == () for case in found)
 
 
-def test_other_formats_are_another_measurement(tmp_path):
-    path, processes = tmp_path / "m.jsonl", Processes()
-    run(cases(**SMALL), path, stream=processes)
-    run(cases(**SMALL, formats=("w8a8-g128",)), path, stream=processes)
-    assert len(processes.ran) == 8
+def test_convolutions():
+    found = conv_cases()
+    assert len(found) == len(set(found)) == len(matrix.CONV_SHAPES) * 4
+    assert {case.parsed.kind for case in found} == set(KINDS)
+    assert str(found[1]) == "64x64k3@56 batch 8 T=1"
+    assert found[0].beside(found[1])
+    assert not found[0].beside(found[2])
+    assert {case.weights for case in found} == {"cache"}
+    assert all(case.cost > 0 for case in found)
+    assert set(matrix.CONV_QUICK) <= set(matrix.CONV_SHAPES)
+    Options(**found[0].options(found[:2])).check()
 
 
-def test_a_process_that_ends_early_costs_one_case(tmp_path, capsys):
-    path, processes = tmp_path / "m.jsonl", Processes(4)
-    found = cases(("64x64",), (1, 4, 8), (1,), ("cache",))
-    assert run(found, path, stream=processes) == 1
-    assert [m for _, m, _ in processes.ran] == [1, 8]
-    assert "64x64 M=4 T=1 cache: failed" in capsys.readouterr().err
-    assert run(found, path, stream=Processes()) == 0  # tried again
-
-
-def test_time_runs_out(tmp_path):
-    path, processes = tmp_path / "m.jsonl", Processes()
-    assert run(cases(**SMALL), path, minutes=0, stream=processes) == 3
-    assert len(processes.ran) == 1
-    assert run(cases(**SMALL), path, stream=processes) == 0
-
-
-def test_files_that_are_not_results(tmp_path):
-    path = tmp_path / "m.jsonl"
-    with pytest.raises(ValueError, match="holds no results"):
-        load(path)
-    path.write_text('{"case": {}}\nnonsense\n')
-    with pytest.raises(ValueError, match="line 2: not a result"):
-        run([], path)
-
-
-def test_a_real_process(tmp_path):
-    """One small case, without peers, through the worker, and into a summary."""
-    case = MatrixCase("64x32", 2, 1, "cache", ("w8a8", "w4a8-g32"), ("torch-float32",), None, 0.01)
-    path = tmp_path / "m.jsonl"
-    assert run([case], path) == 0
-    summary = summarize(load(path))
-    assert [cell.name for cell in summary.cells] == ["w8a8", "w4a8-g32", "torch float32"]
-    assert summary.own[0].macs == 2 * 64 * 32
-
-
-def test_the_worker_prints_lines_and_nothing_else(capfd, monkeypatch):
-    monkeypatch.setattr(ceilings, "READ_BYTES", 1 << 20)
-    given = {
-        "shapes": ["32x16"],
-        "m": [1, 2],
-        "formats": ["w8a8"],
-        "peers": [],
-        "budget_seconds": 0.01,
-        "probe_seconds": 0.003,
-        "rotate_bytes": 0,
-    }
-    worker.main([json.dumps(given)])
-    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [result["groups"][0]["m"] for result in found] == [1, 2]
+def test_older_instruction_sets_have_fewer_shapes():
+    kinds = {parse("conv", shape).kind for shape in matrix.CONV_HELD}
+    assert kinds == set(HELD_KINDS)
+    assert set(matrix.CONV_HELD) < set(matrix.CONV_SHAPES)

@@ -2,24 +2,15 @@
 
 import re
 
-from matrix_lines import line, row, small_matrix
+from matrix_lines import line, row, small_matrix, table
 
-from lowbit.benchmark import page as pages
-from lowbit.benchmark.page import page
+from lowbit.benchmark import page_parts as parts
+from lowbit.benchmark.page import page as whole_page
 from lowbit.benchmark.summary import summarize
 
 
-def table(text, head):
-    """Rows of the table whose head holds some words: first cell -> the others."""
-    lines = text.splitlines()
-    start = next(i for i, words in enumerate(lines) if words.startswith("|") and head in words)
-    found = {}
-    for words in lines[start + 2 :]:
-        if not words.startswith("|"):
-            break
-        first, *others = (cell.strip() for cell in words.strip("|").split(" | "))
-        found[first] = others
-    return found
+def page(summary, picture=None):
+    return whole_page({"avx512vnni": summary}, picture)
 
 
 def test_machine_and_ceilings():
@@ -48,7 +39,7 @@ def test_cells_that_fall_short_are_named(monkeypatch):
     text = page(summary)
     assert text.count("| 0.50 (0.45-0.55)") == 4
     assert "torch int8 *" in text
-    monkeypatch.setattr(pages, "MOST_BEHIND", 1)
+    monkeypatch.setattr(parts, "MOST_BEHIND", 1)
     assert "And 3 more." in page(summary)
 
 
@@ -86,3 +77,24 @@ def test_a_matrix_without_peers():
     text = page(summarize([line([row("w8a8", 1.0, own=True)], threads=2)]))
     assert "No peer was measured." in text
     assert "2 threads" in text.split("## All engines")[1]
+
+
+def test_ragged_shapes_stand_in_the_targets_alone():
+    rows = [row("w8a8", 1.25, own=True), row("w8a8 padded", 1.0)]
+    text = page(summarize([*small_matrix(), line(rows, shape="1000x777", m=1)]))
+    assert table(text, "regime")["ragged shapes: time of the padded shape over theirs"] == [
+        "1",
+        ">= 70 %",
+        "w8a8 80 %",
+    ]
+    assert "padded |" not in text
+    command = text.split("```sh")[1]
+    assert "--ragged" in command
+    assert "1000x777" not in command
+
+
+def test_other_instruction_sets_follow():
+    held = summarize([line([row("w8a8", 1.0, own=True)], isa="avx2")])
+    text = whole_page({"avx512vnni": summarize(small_matrix()), "avx2": held})
+    assert "## On avx2" in text
+    assert "w8a8" in table(text.split("## On avx2")[1], "of the ceiling")

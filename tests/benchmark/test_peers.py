@@ -1,17 +1,20 @@
 """lowbit.benchmark.peers: what does not need their packages; what they compute: test_benchmark."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from lowbit.benchmark.candidate import MOST_ERROR, Candidate
 from lowbit.benchmark.case import make
 from lowbit.benchmark.ceilings import Ceilings
-from lowbit.benchmark.measure import fastest_peer, measure
+from lowbit.benchmark.measure import fastest_peer, measure, relative_error
 from lowbit.benchmark.peers import PEERS, Peer, ggml_library
-from lowbit.benchmark.peers.blocks import block_codes, signed_codes
+from lowbit.benchmark.peers.blocks import block_codes, signed_codes, uint8_range
 from lowbit.timing import Timing
 
-CEILINGS = Ceilings(1, dot=5e11, fma=1e11, xnor=2e12, read=4e10)
+DOTS = (1e12, 9e11, 8e11, 7e11)  # of 8, 4, 2 and 1 bits
+CEILINGS = Ceilings(1, 5e11, 4e11, 3e11, 2e11, fma=1e11, xnor=2e12, read=4e10)
 
 
 def peer(name, *widths, activation_bits=8):
@@ -68,6 +71,63 @@ def test_without_peers_nothing_is_fastest():
     assert fastest_peer(own, [own, ENGINES[-1]], TIMINGS) is None
 
 
+def test_a_layer_is_held_against_peers_of_its_layout():
+    nchw = Candidate("own", 1, lambda: None, "dot", own=True, layout="nchw")
+    last = dataclasses.replace(nchw, layout="channels_last")
+    peers = [
+        dataclasses.replace(peer("int8", 8), layout="channels_last"),
+        dataclasses.replace(peer("int8 slow", 8), layout="nchw"),
+    ]
+    assert fastest_peer(nchw, [nchw, *peers], TIMINGS).name == "int8 slow"
+    assert fastest_peer(last, [nchw, *peers], TIMINGS).name == "int8"
+    assert fastest_peer(last, [nchw, peers[1]], TIMINGS).name == "int8 slow"  # it prefers that
+
+
+def test_what_is_no_rival_is_not_raced():
+    own = Candidate("own", 1, lambda: None, "dot", own=True)
+    bare = dataclasses.replace(peer("int8", 8), rival=False)
+    assert fastest_peer(own, [own, bare, peer("int8 slow", 8)], TIMINGS).name == "int8 slow"
+    assert fastest_peer(own, [own, bare], TIMINGS) is None
+
+
+CONVOLUTIONS = [
+    "16x24k3@8",
+    "16x24k1s2@9",
+    "3x8k7s2@15",
+    "8x8k5g8@9",
+    "8x8k3s2g8@9",
+    "8x16k3d2g2@9",
+]
+
+
+@pytest.mark.parametrize("name", [name for name, found in PEERS.items() if found.conv])
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+def test_every_kind_of_convolution(name, shape):
+    if (reason := PEERS[name].missing()) is not None:
+        pytest.skip(reason)
+    case = make("conv", shape, 2)
+    with torch.inference_mode():
+        reference = case.layer(case.x)
+        for candidate in PEERS[name].conv(case.layer, case.x, 1):
+            y = candidate.build()(case.x)
+            assert relative_error(reference, y) < (0.05 if 8 in candidate.widths else 0.01)
+            assert candidate.layout in ("nchw", "channels_last")
+            assert ("channels_last" in candidate.name) == (candidate.layout == "channels_last")
+            if candidate.layout == "channels_last":
+                assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_bare_operator_ends_in_codes_and_is_no_rival():
+    case = make("conv", "16x24k3@8", 2)
+    with torch.inference_mode():
+        found = PEERS["torch-int8"].conv(case.layer, case.x, 1)
+        outputs = {c.name: c.build()(case.x) for c in found}
+    bare = {c.name for c in found if not c.rival}
+    assert bare == {name for name, y in outputs.items() if y.is_quantized}
+    assert all(name.startswith("torch codes") for name in bare)
+    assert len(bare) * 3 == len(found)
+
+
 def test_nonsense_is_not_timed():
     case = make("linear", "64x32", 2)
     y = case.layer(case.x).detach()
@@ -83,24 +143,24 @@ def test_nonsense_is_not_timed():
 
 
 def test_a_bound_is_where_the_weights_lie():
-    ceilings = Ceilings(2, 1e12, 1e11, 1e12, 4e10, l3=1e11, l2=4e11, l3_bytes=1 << 20, l2_bytes=99)
+    ceilings = Ceilings(2, *DOTS, 1e11, 1e12, 4e10, l3=1e11, l2=4e11, l3_bytes=1 << 20, l2_bytes=99)
     assert ceilings.bytes_per_second(99, from_memory=False) == ("l2", 4e11)
     assert ceilings.bytes_per_second(100, from_memory=False) == ("l3", 1e11)
     assert ceilings.bytes_per_second(1 << 21, from_memory=False) == ("read", 4e10)
     assert ceilings.bytes_per_second(99, from_memory=True) == ("read", 4e10)
-    unknown = Ceilings(1, 1e12, 1e11, 1e12, 4e10)
+    unknown = Ceilings(1, *DOTS, 1e11, 1e12, 4e10)
     assert unknown.bytes_per_second(1, from_memory=False) == ("read", 4e10)
 
 
-@pytest.mark.parametrize(("macs", "bound"), [(1e3, "l3"), (1e9, "dot")])
+@pytest.mark.parametrize(("macs", "bound"), [(1e3, "l3"), (1e9, "dot8")])
 def test_the_larger_of_two_times_bounds(macs, bound):
     from lowbit.benchmark.measure import _rows
 
-    ceilings = Ceilings(1, 5e11, 1e11, 2e12, 4e10, l3=1e11, l3_bytes=1 << 20)
+    ceilings = Ceilings(1, 5e11, *DOTS[1:], 1e11, 2e12, 4e10, l3=1e11, l3_bytes=1 << 20)
     case = make("linear", "64x32", 2)
     object.__setattr__(case, "macs", macs)
     own = Candidate("own", 1000, lambda: None, "dot", own=True)
-    (row,) = _rows(case, [own], {"own": Timing(1.0, (1.0,))}, {"own": 0.0}, ceilings, False)
+    (row,) = _rows(case, [own], {"own": Timing(1.0, (1.0,))}, {"own": 0.0}, ceilings, 9, False)
     assert row.bound == bound
     assert row.fraction_of_bound == max(1000 / 1e11, macs / 5e11)
 
@@ -115,6 +175,13 @@ def test_signed_codes_round_each_channel():
     unsigned, same = block_codes(layer, 8, 64)
     assert (unsigned.reshape(3, 64).astype(int) - 128 == codes).all()
     assert (same.reshape(-1) == scale).all()
+
+
+def test_ranges_of_uint8():
+    scale, zero = uint8_range(torch.tensor([-1.0, 4.1]))
+    assert (scale, zero) == (pytest.approx(5.1 / 255), 50)
+    assert uint8_range(torch.tensor([2.0, 5.1])) == (pytest.approx(5.1 / 255), 0)
+    assert uint8_range(torch.zeros(3)) == (1.0, 0)
 
 
 def test_versions():

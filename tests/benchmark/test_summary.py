@@ -1,11 +1,12 @@
 """lowbit.benchmark.summary: cells of a matrix, and what is counted of them."""
 
+import copy
 import math
 
 import pytest
 from matrix_lines import CEILINGS, line, row, small_matrix
 
-from lowbit.benchmark.summary import geometric_mean, over_shapes, summarize
+from lowbit.benchmark.summary import by_isa, geometric_mean, over_shapes, summarize
 
 
 def test_cells_hold_what_the_rows_say():
@@ -53,7 +54,8 @@ def test_failures_are_counted():
 
 def test_ceilings_by_threads():
     found = summarize(small_matrix()).ceilings(2)
-    assert found["dot"] == [2 * CEILINGS["dot"]] * 4
+    assert found["dot4"] == [2 * CEILINGS["dot4"]] * 4
+    assert "dot" not in found
 
 
 def test_values_over_shapes():
@@ -71,3 +73,41 @@ def test_values_over_shapes():
 def test_geometric_mean():
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert math.isnan(geometric_mean([]))
+
+
+def test_files_from_before_ceilings_had_widths():
+    (old,) = [copy.deepcopy(line([row("w8a8", 1.0, own=True)]))]
+    (group,) = old["result"]["groups"]
+    group["ceilings"] = {"dot": 5e11, "fma": 1e11, "xnor": 2e12, "read": 4e10, "l3": None}
+    group["rows"][0]["bound"] = "dot"
+    for name in ("layout", "fraction_of_peak", "versus_torch_int8", "versus_float32"):
+        del group["rows"][0][name]
+    summary = summarize([old])
+    assert summary.ceilings(1)["dot"] == [5e11]
+    assert summary.cells[0].bound == "dot"
+
+
+def test_instruction_sets_apart():
+    lines = [line([row("w8a8", 1.0)], m=m, isa=isa) for m, isa in ((1, "b"), (1, "a"), (4, "a"))]
+    found = by_isa(lines)
+    assert list(found) == ["a", "b"]
+    assert [cell.m for cell in found["a"].cells] == [1, 4]
+    for held in lines[1:]:
+        held["case"]["isa"] = "a"
+    assert list(by_isa(lines)) == ["b", "a"]
+
+
+def test_a_part_keeps_the_machine():
+    summary = summarize(small_matrix())
+    part = summary.part(lambda cell: cell.name == "w8a8")
+    assert {cell.name for cell in part.cells} == {"w8a8"}
+    assert part.lines == summary.lines
+    assert part.ceilings(1) == summary.ceilings(1)
+
+
+def test_cells_of_convolutions():
+    rows = [row("w8a8 channels_last", 1.0, own=True, layout="channels_last", int8=2.0, float32=3.0)]
+    (cell,) = summarize([line(rows, shape="64x64k3@14", op="conv")]).cells
+    assert (cell.kind, cell.layout, cell.peak) == ("dense 3x3", "channels_last", 1e-3)
+    assert str(cell.int8) == "2.00 (1.80-2.20)"
+    assert cell.float32.median == 3.0

@@ -1,7 +1,8 @@
-"""The float ONNX graph of a linear layer, and a session over a graph's bytes."""
+"""ONNX models from float32 to float32, that of a linear layer, and a session over a model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from lowbit.benchmark.candidate import Forward
 
 def linear_graph(layer: nn.Linear) -> Any:
     """An ONNX model `y = x @ W.T + b` of a linear layer; x is float32 `[m, in_features]`."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
     weight = np.ascontiguousarray(layer.weight.detach().numpy().T)
     product = "y" if layer.bias is None else "product"
@@ -23,11 +23,24 @@ def linear_graph(layer: nn.Linear) -> Any:
     if layer.bias is not None:
         nodes.append(helper.make_node("Add", ["product", "bias"], ["y"]))
         constants.append(numpy_helper.from_array(layer.bias.detach().numpy(), "bias"))
+    return float_model(nodes, ["m", layer.in_features], ["m", layer.out_features], constants)
+
+
+def float_model(
+    nodes: Sequence[Any],
+    x_shape: Sequence[int | str],
+    y_shape: Sequence[int | str],
+    constants: Sequence[Any],
+) -> Any:
+    """An ONNX model from float32 `x` to float32 `y`."""
+    import onnx
+    from onnx import TensorProto, helper
+
     graph = helper.make_graph(
         nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", layer.in_features])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", layer.out_features])],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y_shape)],
         constants,
     )
     opset = [helper.make_opsetid("", 21)]

@@ -1,4 +1,4 @@
-"""OpenVINO with compressed weights: int8, 4-bit and 2-bit codes in groups of 128.
+"""OpenVINO's linears with compressed weights: int8, 4-bit and 2-bit codes in groups of 128.
 
 The graph is the one that NNCF writes (codes, minus a zero point, times a scale, reshaped, into a
 MatMul), which the CPU plugin fuses into its own low-bit kernels with activations quantized on the
@@ -17,6 +17,8 @@ from torch import nn
 
 from lowbit.benchmark.candidate import Candidate, Forward
 from lowbit.benchmark.peers.blocks import Array, block_codes, pack_codes
+from lowbit.benchmark.peers.openvino_conv import conv
+from lowbit.benchmark.peers.openvino_request import request
 from lowbit.benchmark.peers.peer import Peer
 
 _GROUP = 128
@@ -31,33 +33,15 @@ def _linear(layer: nn.Linear, x: torch.Tensor, threads: int) -> list[Candidate]:
     for kind, bits in _WIDTHS.items():
         codes, scale = block_codes(layer, bits, _GROUP)
         graph = functools.partial(_graph, layer.bias, codes, scale, bits, x.shape[0])
-        build = functools.partial(_compile, graph, threads)
+        build = functools.partial(_build, graph, threads)
         size = layer.weight.numel() * bits // 8 + 2 * groups
         name = f"openvino {kind} g{_GROUP}"
         candidates.append(Candidate(name, size, build, "dot", widths=(bits,)))
     return candidates
 
 
-def _compile(graph: Callable[[], Any], threads: int) -> Forward:
-    """Compiles a new graph, so that the weights are a copy of their own."""
-    import openvino as ov
-
-    config = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        # Pinned, it leaves the threads of the engines that are timed next on one core.
-        "ENABLE_CPU_PINNING": False,
-        # Its default on CPUs with bfloat16 is bfloat16, for which it has no 2-bit kernel.
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP,
-    }
-    request = ov.Core().compile_model(graph(), "CPU", config).create_infer_request()
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        result = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(result[0])
-
-    return forward
+def _build(graph: Callable[[], Any], threads: int) -> Forward:
+    return request(graph(), threads, DYNAMIC_QUANTIZATION_GROUP_SIZE=_GROUP)
 
 
 def _graph(bias: torch.Tensor | None, codes: Array, scale: Array, bits: int, m: int) -> Any:
@@ -93,4 +77,4 @@ def _constant(codes: Array, bits: int) -> Any:
     return op.constant(tensor)
 
 
-PEER = Peer("openvino", requires=("openvino",), linear=_linear)
+PEER = Peer("openvino", requires=("openvino",), linear=_linear, conv=conv)
