@@ -87,8 +87,12 @@ def make_plan(
     overrides: Overrides | None,
     filter_fn: Filter | None,
     fuse: bool,
+    epilogues: bool = True,
 ) -> Plan:
-    """Decide about every module of a float model; arguments and errors as for `quantize`."""
+    """Decide about every module of a float model; arguments and errors as for `quantize`.
+
+    `epilogues`: with `fuse`, whether layers take the activations behind them along, too.
+    """
     chooser = _Chooser(scheme, overrides or {}, filter_fn)
     plan = Plan()
     converted: set[int] = set()
@@ -140,7 +144,8 @@ def make_plan(
     if fuse and plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
         flow = Flow(model)
         _plan_folds(plan, model, flow, counted)
-        _plan_epilogues(plan, model, flow)
+        if epilogues:
+            _plan_epilogues(plan, model, flow)
     return plan
 
 

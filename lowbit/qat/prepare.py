@@ -67,7 +67,7 @@ def prepare_qat(
     result = copy.deepcopy(model)
     modes = [(module, module.training) for module in result.modules()]
     # In eval mode, since a norm in training mode is not folded. Here it stays a norm.
-    plan = make_plan(result.eval(), scheme, overrides, filter_fn, fuse)
+    plan = make_plan(result.eval(), scheme, overrides, filter_fn, fuse, epilogues=False)
     for module, mode in modes:
         module.training = mode
     slots = child_slots(result)

@@ -287,3 +287,23 @@ def test_errors_are_named():
 def test_quantize_says_what_a_prepared_layer_is():
     prepared = lowbit.prepare_qat(net(), "w4a8")
     assert "lowbit.convert" in row(lowbit.quantize(prepared, "w4a8"), "fc").note
+
+
+def test_activations_stay_modules(tmp_path):
+    """In training and deployed, also where `quantize` would move them into layers."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    model.eval()
+    prepared = lowbit.prepare_qat(model, "w4a8")
+    assert type(prepared[2]) is nn.ReLU6
+    assert "followed by" not in row(prepared, "0").note
+    deployed = lowbit.convert(prepared)
+    x = torch.randn(2, 3, 9, 9)
+    y = deployed(x)
+    assert type(deployed[2]) is nn.ReLU6
+    assert deployed[0].epilogue == "none"
+    assert "followed by" not in row(deployed, "0").note
+    path = tmp_path / "model.safetensors"
+    lowbit.save_file(deployed, path)
+    loaded = lowbit.load_file(model, path)
+    assert type(loaded[2]) is nn.ReLU6
+    assert torch.equal(loaded(x), y)
