@@ -128,12 +128,13 @@ void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t
   run(from, stride, count, segments, segment_count, bytes, to, pitch);
 }
 
-// Bytes of n pixels to where they belong: more than the channels, since what comes next is written
-// later; but nothing follows the last one.
+// Bytes of n of `left` pixels to where they belong: more than the channels, since what comes next
+// is written later; but nothing follows the last ones.
 template <int Bytes>
-LOWBIT_INLINE void put_pixels(const int8_t (&pixels)[16][Bytes], int n, bool last, int channels,
+LOWBIT_INLINE void put_pixels(const int8_t (&pixels)[16][Bytes], int n, int left, int channels,
                               int8_t* const* out, ptrdiff_t offset) {
-  const int whole = last ? n - 1 : n;
+  const int safe = left - (Bytes + channels - 1) / channels;
+  const int whole = safe < 0 ? 0 : safe < n ? safe : n;
   for (int j = 0; j < whole; ++j) __builtin_memcpy(out[j] + offset, pixels[j], Bytes);
   for (int j = whole; j < n; ++j)
     for (int c = 0; c < channels; ++c) out[j][offset + c] = pixels[j][c];
@@ -144,7 +145,6 @@ void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out
                  ptrdiff_t offset) {
   for (int i = 0; i < count; i += 16, out += 16) {
     const int n = count - i < 16 ? count - i : 16;
-    const bool last = i + n == count;
     const auto quad = [&](int q, Reg(&v)[kRegs]) __attribute__((always_inline)) {
       const int8_t* from = rows + 4 * q * 64 + i;
       interleave(from, from + 64, from + 128, from + 192, v);
@@ -155,7 +155,7 @@ void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out
       quad(0, v);
       LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
           store(reinterpret_cast<int32_t*>(pixels[r * kLanes]), v[r]);
-      put_pixels(pixels, n, last, channels, out, offset);
+      put_pixels(pixels, n, count - i, channels, out, offset);
       continue;
     }
     alignas(kVectorBytes) int8_t pixels[16][16];
@@ -174,6 +174,6 @@ void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out
       zip(even[1], odd[1], all[2], all[3]);
       __builtin_memcpy(pixels[r * kLanes], all, sizeof(all));
     }
-    put_pixels(pixels, n, last, channels, out, offset);
+    put_pixels(pixels, n, count - i, channels, out, offset);
   }
 }
