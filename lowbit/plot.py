@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.figures import figure_class
+
 if TYPE_CHECKING:
     from lowbit.comparison import Comparison, Row
 
@@ -29,18 +31,13 @@ def plot(comparison: Comparison, path: str | Path) -> None:
         path: the file to write; PNG, SVG or PDF by its suffix.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plotting needs matplotlib: pip install 'lowbit[plot]'", name="matplotlib"
-        ) from error
+    figure_of = figure_class()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # A figure of its own on the Agg canvas: no display needed, the caller's pyplot state untouched.
-    figure = Figure(figsize=(8.0, 5.2), dpi=150, layout="constrained")
+    figure = figure_of(figsize=(8.0, 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     drawn = [row for row in comparison.rows if _point(row) is not None]

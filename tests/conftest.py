@@ -7,6 +7,7 @@ type as well, with ids such as `w4a8-avx2`.
 
 from __future__ import annotations
 
+import builtins
 import os
 import random
 import sys
@@ -146,3 +147,30 @@ def saved(tmp_path):
     path = tmp_path / "model.safetensors"
     lowbit.save_file(model, path)
     return model, path
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, caught when they are saved."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    caught = []
+    save = figure.savefig
+    monkeypatch.setattr(
+        figure,
+        "savefig",
+        lambda self, *args, **kwargs: (caught.append(self), save(self, *args, **kwargs))[1],
+    )
+    return caught
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """An interpreter that has none."""
+    original = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)

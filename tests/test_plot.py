@@ -1,6 +1,5 @@
 """The plot: a file of sane size, labels that cover nothing, models without a point named."""
 
-import builtins
 import dataclasses
 import math
 import struct
@@ -9,7 +8,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure
 
 from lowbit.comparison import Comparison, Row
 from lowbit.plot import plot
@@ -38,19 +36,6 @@ ROWS = (
     _row("w1a8", "candidate", 4.7, 0.6),
     _row("slow", "candidate", 1.05, -1.0),
 )
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, caught when they are saved."""
-    caught = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **kwargs: (caught.append(self), save(self, *args, **kwargs))[1],
-    )
-    return caught
 
 
 def _texts(figure):
@@ -116,15 +101,7 @@ def test_models_without_a_point_are_named(tmp_path, figures, odd):
     assert not any("odd" in label.get_text() for label in _texts(figure))
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, no_matplotlib):
     with pytest.raises(ImportError, match=r"pip install 'lowbit\[plot\]'"):
         plot(_comparison(), tmp_path / "plot.png")
 

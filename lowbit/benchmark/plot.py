@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowbit.benchmark.result import Result
+from lowbit.figures import figure_class
 
 
 def plot(result: Result, path: str | Path) -> None:
@@ -15,17 +16,12 @@ def plot(result: Result, path: str | Path) -> None:
         ValueError: nothing was compared to torch float32, or the file's suffix is not one that
             matplotlib writes.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "a plot needs matplotlib: pip install 'lowbit[plot]'", name="matplotlib"
-        ) from error
+    figure_of = figure_class()
     groups = [group for group in result.groups if any(row.versus_float32 for row in group.rows)]
     if not groups:
         raise ValueError("a plot shows ratios to torch float32: run with --peers torch-float32")
     heights = [len(group.rows) for group in groups]
-    figure = Figure(figsize=(8, sum(0.22 * h + 0.6 for h in heights)), layout="constrained")
+    figure = figure_of(figsize=(8, sum(0.22 * h + 0.6 for h in heights)), layout="constrained")
     panels = figure.subplots(
         len(groups), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )

@@ -11,6 +11,7 @@ from lowbit.benchmark.conv_targets import LAST
 from lowbit.benchmark.roofline import COLOURS, MARKS, OTHER_MARKS, SIGNS
 from lowbit.benchmark.shapes import KINDS
 from lowbit.benchmark.summary import Cell, Summary
+from lowbit.figures import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -32,12 +33,7 @@ def rates(summary: Summary, path: str | Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: there are no results, or the file's suffix is not one that matplotlib writes.
     """
-    try:
-        from matplotlib import figure as figures
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "a plot needs matplotlib: pip install 'lowbit[plot]'", name="matplotlib"
-        ) from error
+    figure_of = figure_class()
     if not summary.cells:
         raise ValueError("there are no results to draw")
     batch = min(cell.m for cell in summary.cells)
@@ -45,7 +41,7 @@ def rates(summary: Summary, path: str | Path) -> None:
     shapes = sorted(dict.fromkeys(cell.shape for cell in cells), key=_place(cells))
     threads = summary.threads
     size = (5.2 * len(threads) + 3.4, 0.28 * len(shapes) + 1.6)
-    figure = figures.Figure(figsize=size, layout="constrained")
+    figure = figure_of(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(threads), squeeze=False, sharex=True, sharey=True)[0]
     for axes, count in zip(panels, threads, strict=True):
         _draw(axes, summary, [cell for cell in cells if cell.threads == count], shapes)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.benchmark.shapes import LinearShape, parse
 from lowbit.benchmark.summary import Cell, Summary
+from lowbit.figures import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -58,18 +59,13 @@ def roofline(summary: Summary, path: str | Path, shape: str | None = None) -> No
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: there are no points, or the file's suffix is not one that matplotlib writes.
     """
-    try:
-        from matplotlib import figure as figures
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "a plot needs matplotlib: pip install 'lowbit[plot]'", name="matplotlib"
-        ) from error
+    figure_of = figure_class()
     shape = shape or _richest(summary)
     cells = [cell for cell in summary.cells if cell.shape == shape]
     if not cells:
         raise ValueError(f"no results for the shape {shape}")
     threads = sorted({cell.threads for cell in cells})
-    figure = figures.Figure(figsize=(5.6 * len(threads) + 3.2, 6.4), layout="constrained")
+    figure = figure_of(figsize=(5.6 * len(threads) + 3.2, 6.4), layout="constrained")
     panels = figure.subplots(1, len(threads), squeeze=False, sharex=True, sharey=True)[0]
     for axes, count in zip(panels, threads, strict=True):
         here = [cell for cell in cells if cell.threads == count]

@@ -1,30 +1,14 @@
 """lowbit.benchmark.roofline: a mark for every engine, lines for lowbit, probed roofs."""
 
-import builtins
-
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matrix_lines import line, row, small_matrix
 
 from lowbit.benchmark.roofline import roofline, series
 from lowbit.benchmark.summary import Summary, summarize
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, caught when they are saved."""
-    caught = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **kwargs: (caught.append(self), save(self, *args, **kwargs))[1],
-    )
-    return caught
 
 
 def labelled(axes):
@@ -95,14 +79,6 @@ def test_nothing_to_draw(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, no_matplotlib):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lowbit\[plot\]'"):
         roofline(summarize(small_matrix()), tmp_path / "roof.png")
