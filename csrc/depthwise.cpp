@@ -46,17 +46,8 @@ void DepthwiseWeights::set_places(const Conv2dGeometry& g, const FormatTraits& f
         for (int64_t j = 0; j < 4; ++j) {
           const int64_t ky = 4 * q + j - r * g.stride_h, k = ky * g.kernel_w + kx;
           if (ky < 0 || ky >= g.kernel_h || k < chunk.k || k >= chunk.k + chunk.size) continue;
-          const int64_t in = k % f.depth();
-          const int to = static_cast<int>(j);
-          if (set < groups_)
-            *field++ = {k / f.depth() * kVectorBytes,
-                        static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
-                        f.bits,
-                        f.shift(),
-                        f.add,
-                        to};
-          else
-            *field++ = {0, 0, 0, 0, 1, to};
+          *field++ =
+              set < groups_ ? tap_field(f, k, j) : TapField{0, 0, 0, 0, 1, static_cast<int>(j)};
         }
         *end++ = static_cast<int>(field - places_[set].fields);
       }

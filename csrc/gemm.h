@@ -10,6 +10,17 @@ namespace lowbit {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Where the weights of k lie in a panel, as byte `to` of four.
+inline TapField tap_field(const FormatTraits& f, int64_t k, int64_t to) {
+  const int64_t in = k % f.depth();
+  return {k / f.depth() * kVectorBytes,
+          static_cast<int>(in % 4 * 8 + in / 4 * f.bits),
+          f.bits,
+          f.shift(),
+          f.add,
+          static_cast<int>(to)};
+}
+
 // How K is cut: into groups with scales of their own (one without), and those into chunks whose
 // int32 sums are exact.
 struct Depth {

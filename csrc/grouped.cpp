@@ -42,13 +42,7 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
     offsets[t] = (t / g.kernel_w * g.dilation_h * images.width() + t % g.kernel_w * g.dilation_w) *
                  images.pitch();
     for (int64_t c = 0; c < in; ++c) {
-      const int64_t at = t * tap_k + c, inside = at % f.depth();
-      *field++ = {at / f.depth() * kVectorBytes,
-                  static_cast<int>(inside % 4 * 8 + inside / 4 * f.bits),
-                  f.bits,
-                  f.shift(),
-                  f.add,
-                  static_cast<int>(c % 4)};
+      *field++ = tap_field(f, t * tap_k + c, c % 4);
       ends[t * steps + c / 4] = static_cast<int>(field - fields);
     }
   }
