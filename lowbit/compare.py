@@ -26,6 +26,8 @@ import lowbit._core as _core
 from lowbit import baselines, timing
 from lowbit.comparison import Comparison, Row
 from lowbit.errors import one_line
+from lowbit.html.details import gather
+from lowbit.html.packages import check_packages
 from lowbit.quality import Quality, QualityMeter
 from lowbit.timing import MemoryUse, Timing
 
@@ -44,6 +46,8 @@ def compare(
     budget_seconds: float = 10.0,
     torch_int8: bool = True,
     task: str | None = None,
+    details: bool = False,
+    labels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compares quantized models with the float model and with torch's INT8.
@@ -60,9 +64,13 @@ def compare(
             the first calls and the quality come on top.
         torch_int8: whether to include torch's INT8.
         task: "classification", "other", or None to tell by the output: see `QualityMeter`.
+        details: whether to take what `Comparison.save_html` shows beyond the tables, too: the
+            accounts, the error of each layer, pictures. Needs `pip install 'lowbit[report]'`.
+        labels: names of the classes, for the pictures in the details.
         progress: called with the stage and the share of it that is done.
 
     Raises:
+        ModuleNotFoundError: details without the packages that they need.
         ValueError: no candidates, no inputs, a name that is taken, an invalid task or threads.
         RuntimeError: a candidate fails on the inputs, or its outputs are not built like the float
             model's; the message names it.
@@ -73,6 +81,8 @@ def compare(
     if not head:
         raise ValueError("`inputs` holds no batch")
     QualityMeter(task)  # refuse an unknown task before the work, not after
+    if details:
+        check_packages()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads(threads))
         stack.enter_context(baselines.eval_mode([model]))
@@ -106,6 +116,18 @@ def compare(
             _row(name, sides, timings, memory[name], qualities.get(name), batch_size, notes[name])
             for name in sides
         ]
+        settings = {
+            "candidates": list(chosen),
+            "budget_seconds": budget_seconds,
+            "threads": used_threads,
+            "torch_int8": torch_int8,
+            "task": task,
+        }
+        detailed = (
+            gather(sides, head, labels=labels, settings=settings, progress=report)
+            if details
+            else None
+        )
     if baseline is not None and baseline.model is None:
         rows.insert(1, Row(TORCH_INT8, "torch", notes=tuple(notes[TORCH_INT8])))
     return Comparison(
@@ -117,6 +139,7 @@ def compare(
         batches=count,
         torch_version=str(torch.__version__),
         rows=tuple(rows),
+        details=detailed,
     )
 
 
