@@ -10,6 +10,8 @@ import numpy as np
 
 from lowbit.comparison import Row
 
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+
 HISTOGRAM_HEIGHT = 48
 LATENCY_BINS, LATENCY_HEIGHT = 120, 28
 BAR_HEIGHT = 24
@@ -202,7 +204,7 @@ def scatter(rows: Sequence[Row], width: int, height: int) -> Scatter:
         right,
         bottom,
         tuple((at_x(v), _number(v)) for v in ticks(first, last, count)),
-        tuple((at_y(v), f"{_number(v)}×") for v in ticks(0.0, highest, count)),
+        tuple((at_y(v), _number(v) + TIMES) for v in ticks(0.0, highest, count)),
         at_y(1.0),
         tuple(_labelled(marks, (left, top, right, bottom), at_y(1.0))),
         tuple(row.name for row in rows[1:] if _place(row) is None),
@@ -219,7 +221,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:g}".replace("-", "−")
+    return f"{value:g}".replace("-", MINUS)
 
 
 def _place(row: Row) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowbit.comparison import SIZE, SPEED, Column, Comparison, Row, measured_quality, notes
 from lowbit.html import charts
+from lowbit.html.charts import MINUS, TIMES
 from lowbit.html.packages import check_packages
 from lowbit.info import describe, version
 
@@ -24,6 +25,8 @@ MOST_ROWS = 400
 """Rows of one table of layers."""
 FULL_DB = 50.0
 """The SQNR, in dB, at which a bar has its full length."""
+
+_NONE = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def _environment() -> Environment:
         "times": _times,
         "bar": _bar_length,
         "level": _level,
-        "number": lambda value: f"{value:.3g}".replace("-", "−"),
+        "number": lambda value: f"{value:.3g}".replace("-", MINUS),
     }
     environment.globals |= {
         "histogram": charts.histogram,
@@ -107,21 +110,21 @@ def _environment() -> Environment:
 
 def _db(value: float | None) -> str:
     if value is None or math.isnan(value):
-        return "–" if value is None else "NaN"
+        return _NONE if value is None else "NaN"
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:.1f}".replace("-", "−")
+        return "∞" if value > 0 else f"{MINUS}∞"
+    return f"{value:.1f}".replace("-", MINUS)
 
 
 def _mb(count: int | None) -> str:
     if count is None:
-        return "–"
+        return _NONE
     size = count / 1e6
     return f"{size:.1f} MB" if size >= 1 else f"{count / 1e3:.3g} kB"
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+    return f"{value:.2f}{TIMES}" if value < 10 else f"{value:.1f}{TIMES}"
 
 
 def _bar_length(value: float | None) -> float:
@@ -190,4 +193,3 @@ def _figures(details: Details) -> list[LayerFigures]:
         loudest = sorted(names, key=lambda name: min(map(_noise, by_name[name].values())))[:room]
         names = [name for name in names if name in set(loudest)]
     return [LayerFigures(name, by_name[name]) for name in names]
-
