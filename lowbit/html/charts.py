@@ -175,7 +175,7 @@ def scatter(rows: Sequence[Row], width: int, height: int) -> Scatter:
     highest = 1.12 * min(highest, 1.5 * max(ys))
     margin = max(2.0, 0.12 * (max(xs) - min(xs)))
     first, last = min(xs) - margin, max(xs) + margin
-    most = max((row.weight_bytes or 0 for row in rows), default=0) or 1
+    most = max((row.weight_bytes or 0 for row, _, _ in places), default=0) or 1
 
     def at_x(value: float) -> float:
         return round(left + (right - left) * (value - first) / (last - first), 1)
@@ -188,7 +188,7 @@ def scatter(rows: Sequence[Row], width: int, height: int) -> Scatter:
             row,
             at_x(x),
             at_y(y),
-            round(max(3.0, 15.0 * math.sqrt((row.weight_bytes or 0) / most)), 1),
+            round(max(3.0, 16.0 * math.sqrt((row.weight_bytes or 0) / most)), 1),
             at_y(row.speedup.p10),
             at_y(row.speedup.p90),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lowbit.info import describe, version
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
     from lowbit.html.details import Details
     from lowbit.layer_errors import LayerError
@@ -26,7 +28,8 @@ MOST_ROWS = 400
 FULL_DB = 50.0
 """The SQNR, in dB, at which a bar has its full length."""
 
-_NONE = "\N{EN DASH}"
+_NONE, _JOINED = "\N{EN DASH}", "\N{NO-BREAK SPACE}"
+_BREAKS = re.compile(r"(?<=[./])(?=\w)|(?<=[^\W_]_)(?=[^\W_])")
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "bars": charts.bars,
+        "breakable": _breakable,
         "db": _db,
         "mb": _mb,
         "ms": lambda seconds: f"{seconds * 1e3:.3g}",
-        "percent": lambda share: f"{100 * share:.0f} %",
+        "percent": lambda share: f"{100 * share:.0f}{_JOINED}%",
         "times": _times,
         "bar": _bar_length,
         "level": _level,
@@ -113,18 +117,28 @@ def _db(value: float | None) -> str:
         return _NONE if value is None else "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
-    return f"{value:.1f}".replace("-", MINUS)
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", MINUS)  # no minus before a zero
 
 
 def _mb(count: int | None) -> str:
     if count is None:
         return _NONE
     size = count / 1e6
-    return f"{size:.1f} MB" if size >= 1 else f"{count / 1e3:.3g} kB"
+    if count == 0:
+        return "0"
+    text = f"{size:.1f} MB" if size >= 1 else f"{count / 1e3:.3g} kB"
+    return text.replace(" ", _JOINED)
 
 
 def _times(value: float) -> str:
     return f"{value:.2f}{TIMES}" if value < 10 else f"{value:.1f}{TIMES}"
+
+
+def _breakable(name: str) -> Markup:
+    """A name, escaped, that may be broken behind its dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(_BREAKS.sub("<wbr>", str(escape(name))))
 
 
 def _bar_length(value: float | None) -> float:

@@ -92,7 +92,8 @@ def samples(
     for one in chosen:
         shown = _picture_tensor(_input_tensors(one))
         if shown is not None:
-            found.append(_sample(models, one, shown, labels))
+            with torch.inference_mode():
+                found.append(_sample(models, one, shown, labels))
     made = [sample for sample in found if sample is not None]
     size = sum(len(p.uri) for sample in made for p in sample.outputs.values())
     if size <= _LOSSLESS_BYTES:
