@@ -58,7 +58,7 @@ def pictured_comparison():
             budget_seconds=0.05,
             torch_int8=False,
             details=True,
-            labels=["tench", "<i>cat</i>", *"abcde"],
+            labels=[f"<i>{name}</i>" for name in "abcdefg"],
         )
     finally:
         torch.set_num_threads(threads)
