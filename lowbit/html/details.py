@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -108,9 +109,17 @@ def gather(
         layers=layers,
         layer_samples=len(chosen),
         samples=pictures,
-        environment=cpu_info(),
+        environment=_environment(),
         variables={k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
         settings=dict(settings or {}),
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         missing=tuple(missing),
     )
+
+
+def _environment() -> dict[str, Any]:
+    """`cpu_info` without paths, which are nobody's business where a page is sent to."""
+    info = cpu_info()
+    runtimes = info["threads"]["openmp_runtimes"] or []
+    info["threads"]["openmp_runtimes"] = [Path(path).name for path in runtimes]
+    return info

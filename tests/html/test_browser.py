@@ -149,18 +149,20 @@ def test_colours_follow_the_reader(visit):
     assert len(colours) == 2
 
 
-def test_on_paper(visit, comparison):
-    """What was closed on the screen is printed, in the colours for light, within the page."""
+def test_on_paper(visit):
+    """What is open is printed, and the machine, in the colours for light, within the page."""
     page, _, _ = visit("dark")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 690, "height": 1000})  # A4 less its margins
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert page.evaluate("document.documentElement.scrollWidth") <= 690
-    closed = page.locator("#layers details").nth(1)
-    assert closed.get_attribute("open") is None
-    assert closed.locator("table").evaluate("e => e.getBoundingClientRect().height") > 50
     assert not page.locator("nav").is_visible()
+    assert not page.locator("#histograms details").first.is_visible()
+    page.evaluate("document.querySelector('#histograms details').open = true")
+    assert page.locator("#histograms details svg").first.is_visible()
+    machine = page.locator("details.printed")
+    assert machine.get_attribute("open") is None
+    assert machine.locator("pre").evaluate("e => e.getBoundingClientRect().height") > 50
     pdf = page.pdf(format="A4", prefer_css_page_size=True)
     assert pdf.startswith(b"%PDF")
-    pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
-    assert 2 <= pages <= 12
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12

@@ -12,7 +12,7 @@ from lowbit.html.details import gather
 from lowbit.html.packages import check_packages
 
 
-def test_accounts_errors_and_environment(comparison, monkeypatch):
+def test_accounts_errors_and_environment(comparison):
     details = comparison.details
     assert list(details.reports) == list(details.layers) == ["w8a8", "w4a8 & <b>"]
     assert [row.name for row in details.reports["w8a8"].kept] == ["depthwise"]
@@ -21,6 +21,7 @@ def test_accounts_errors_and_environment(comparison, monkeypatch):
     assert details.settings["candidates"] == ["w8a8", "w4a8 & <b>"]
     assert details.settings["budget_seconds"] == 0.05
     assert details.missing == ()
+    assert not any("/" in name for name in details.environment["threads"]["openmp_runtimes"])
 
 
 def test_variables_that_bear_on_speed_alone(monkeypatch):
