@@ -8,13 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Affine:
-    """What codes mean: `(code - zero) * scale`."""
-
-    scale: float
-    zero: int
+from lowbit.observers import Affine
 
 
 @dataclass(frozen=True)
