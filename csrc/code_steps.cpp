@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "activations.h"
+
 namespace lowbit {
 namespace {
 
-constexpr uint32_t kInfinityBits = 0x7f800000u;
 // Floats on their way to codes stay in the first cache.
 constexpr int64_t kRun = 1024;
 
