@@ -38,4 +38,5 @@ inline Reg dot_shorts(Reg acc, Reg a, Reg b) {
 
 #include "microkernel.inl"
 #include "rows.inl"
+#include "requantize.inl"
 #include "table.inl"

@@ -22,4 +22,5 @@ inline Reg carry_save(Reg a, Reg b, Reg c, Reg& carry) {
 
 #include "microkernel.inl"
 #include "rows.inl"
+#include "requantize.inl"
 #include "table.inl"

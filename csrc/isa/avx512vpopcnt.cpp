@@ -12,4 +12,5 @@ inline Reg popcount_add(Reg acc, Reg v) {
 
 #include "microkernel.inl"
 #include "rows.inl"
+#include "requantize.inl"
 #include "table.inl"

@@ -47,4 +47,5 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
 
 #include "microkernel.inl"
 #include "rows.inl"
+#include "requantize.inl"
 #include "table.inl"
