@@ -236,7 +236,7 @@ class _Reader:
     def _give_layout(self, value: Node, layout: str) -> bool:
         """Whether a value has this layout; floats get that of the first who wants their codes."""
         if not value.layout and not value.in_integers and value.dtype.is_floating_point:
-            if LAYOUTS[layout] != len(value.shape) and layout != "flat":
+            if LAYOUTS[layout] != len(value.shape) or layout == "flat":
                 return False
             value.layout = layout
         return value.layout == layout

@@ -31,6 +31,7 @@ def fuse_nodes(nodes: list[Node], outputs: Collection[str]) -> list[Node]:
         if node is not None and node.kind == "unary":
             graph.give_activation(node)
     graph.leave_to_float()
+    graph.keep_order_of_features()
     graph.drop_unused()
     return list(graph.nodes.values())
 
@@ -100,6 +101,25 @@ class _Fusing:
                 continue
             if self.nodes[node.inputs[0]].kind == "layer":
                 node.kind, node.reason = "float", "nothing takes its codes"
+
+    def keep_order_of_features(self) -> None:
+        """Features flattened from codes [H, W, C] are in torch's order for layers alone.
+
+        A layer's weight can be reordered; for anything else the flattening is done in float.
+        """
+        for node in reversed(list(self.nodes.values())):
+            if node.layout == "flat" and not (
+                node.name not in self.outputs and all(u.in_integers for u in self.users(node.name))
+            ):
+                node.kind, node.reason = "float", "flattened for more than layers"
+                node.layout = "nc"
+        for node in self.nodes.values():
+            before = [self.nodes[name] for name in node.inputs]
+            origin = node.kind == "view" and before[0].layout == "nchw"
+            if node.layout == "flat" and not origin and any(b.layout != "flat" for b in before):
+                node.layout = "nc"
+            if node.kind == "layer" and before[0].layout != "flat":
+                node.settings.pop("flattened", None)
 
     def drop_unused(self) -> None:
         for node in reversed(list(self.nodes.values())):
