@@ -211,3 +211,8 @@ def table(function: Function, to: Affine) -> Table:
 def _codes(v: Tensor, to: Affine) -> np.ndarray[Any, np.dtype[np.int8]]:
     codes = (v / float(np.float32(to.scale))).round() + to.zero
     return codes.nan_to_num().clamp(-128, 127).to(torch.int8).numpy()
+
+
+def code(value: float, to: Affine) -> int:
+    """The code of a number."""
+    return int(_codes(torch.tensor([value], dtype=torch.float64), to)[0])

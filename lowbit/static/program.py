@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from lowbit.nn.base import QuantizedLayer
 from lowbit.observers import Affine
+from lowbit.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Program:
         steps: "op" and its operands, which are indices of values where the field's name is "x",
             "xs", "a", "b", "residual" or "to"; "input" and "output" are positions of float tensors.
         names: of the nodes of the network that each step computes.
-        held: the tensors and layers whose memory the steps refer to.
+        held: the layers of the convolutions, in order, and their operands, whose memory is used.
     """
 
     values: list[Value] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    held: list[Any] = field(default_factory=list)
+    held: list[tuple[QuantizedLayer, PackedWeight]] = field(default_factory=list)
 
     def value(self, size: tuple[int, int, int], affine: Affine) -> int:
         """A new value of (channels, height, width); its index."""
@@ -56,6 +58,10 @@ class Program:
         """Appends a step that computes what the node of this name does."""
         self.steps.append({"op": op, **operands})
         self.names.append(name)
+
+    def is_current(self) -> bool:
+        """Whether the layers still have the tensors that the steps refer to."""
+        return all(layer._operands() is operands for layer, operands in self.held)
 
     def arguments(self) -> tuple[list[tuple[int, int, int, float, int]], list[dict[str, Any]]]:
         """What the constructor of `_core.Program` takes."""
