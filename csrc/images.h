@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "activations.h"
 #include "gemm.h"
 #include "kernel.h"
 #include "lowbit.h"
@@ -12,12 +13,13 @@
 namespace lowbit {
 
 // Codes are [image][plane][row][column][pitch] bytes; as bits (1 where x < 0) a pixel is [group]
-// [words] dwords. Padding is zero.
+// [words] dwords. What pads an image means 0; what pads a pixel has code 0.
 class Images {
  public:
-  // `tap`: bytes that one tap reads of a pixel (ignored for bits). `want_sums`: of each pixel.
-  Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation, bool use_bits,
-         int64_t tap, bool want_sums, Scratch& scratch);
+  // `fixed`: see fixed_scale(). `tap`: bytes that one tap reads of a pixel (ignored for bits).
+  // `want_sums`: of each pixel.
+  Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
+         const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
@@ -40,7 +42,10 @@ class Images {
   int64_t height() const { return height_; }  // with padding, as the width
   int64_t width() const { return width_; }
   int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
-  float scale(int64_t image) const { return scale_[image]; }
+  bool lowest() const { return fixed_.fixed; }          // codes may be -128
+  float scale(int64_t image) const {
+    return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];
+  }
 
  private:
   int64_t at(int64_t y, int64_t x) const { return y * width_ + x; }
@@ -50,9 +55,12 @@ class Images {
   int32_t* sums_of(int64_t image, int plane, int64_t y, int64_t x) {
     return const_cast<int32_t*>(sums(image, plane, y, x));
   }
+  void see(int64_t image, uint32_t largest);
   void scale_image(const float* x, int64_t image);
+  UnitScale unit(int64_t image) const;
   void mask_row(int64_t y);
   void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_padding(int64_t image, int64_t y, int64_t begin, int64_t end);
   void encode_bits(const float* x, int64_t image, int64_t y);
   void encode_row(const float* x, int64_t image, int64_t y);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
@@ -61,6 +69,7 @@ class Images {
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   const Activation activation_;
+  const UnitScale fixed_;
   const bool use_bits_;
   const int planes_;
   const int64_t height_, width_;  // with padding
@@ -68,7 +77,7 @@ class Images {
   int64_t group_bytes_, pitch_, plane_bytes_;
   int8_t *codes_, *mask_;
   int32_t* sums_;
-  std::atomic<uint32_t>* amax_;
+  std::atomic<uint32_t>* seen_;  // the largest |x| of an image, as its bits
   float *scale_, *inverse_;
 };
 

@@ -19,6 +19,7 @@ struct Tile {
   int rows;                     // of codes or bits: an int16 activation is two (hi, lo)
   int panels;                   // of 16 channels, `panel_stride` bytes apart
   bool tall;                    // up to tall_mr rows, and any number of panels
+  bool lowest;                  // codes may be -128
   const int8_t* codes;          // activations (dot)
   const uint32_t *bits, *mask;  // the same (xnor): 1 where x < 0; which of them count, null: all
   ptrdiff_t pitch;              // of a row, in elements of codes or bits
@@ -131,6 +132,10 @@ struct Kernel {
   float (*abs_sum)(const float* x, int64_t n);  // in 16 strided lanes, added pairwise
   void (*quantize8)(const float* x, int64_t n, float inverse_scale, int8_t* q);
   void (*quantize16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
+  // With a scale that does not depend on x: codes are saturated. They return the largest |x| as
+  // amax_bits does.
+  uint32_t (*saturate8)(const float* x, int64_t n, float inverse_scale, int zero, int8_t* q);
+  uint32_t (*saturate16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
   void (*binarize_bits)(const float* x, int64_t n,
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0

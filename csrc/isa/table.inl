@@ -30,6 +30,8 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     abs_sum,
     quantize8,
     quantize16,
+    saturate8,
+    saturate16,
     binarize,
     binarize_bits,
     sum_codes_of_groups,
