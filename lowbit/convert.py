@@ -8,23 +8,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
-from lowbit.calibration.data import Data
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
 from lowbit.rules import register_converter
 
-__all__ = ["quantize", "quantize_", "register_converter"]
+if TYPE_CHECKING:
+    from lowbit.calibration.data import Data
+    from lowbit.calibration.run import ForwardFn
 
-ForwardFn = Callable[[nn.Module, Any], Any]
+__all__ = ["quantize", "quantize_", "register_converter"]
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -79,8 +80,14 @@ def quantize(
             asks for, or that holds no batch.
     """
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
-    _check_calibration(plan, calibration, forward_fn, steps)
-    return converted_copy(model, plan)
+    if not _calibrates(plan, calibration, forward_fn, steps):
+        return converted_copy(model, plan)
+    from lowbit.calibration import calibrate, deploy, prepare
+
+    assert calibration is not None
+    options = {"overrides": overrides, "filter_fn": filter_fn, "fuse": fuse}
+    prepared = prepare(model, scheme, **options)  # type: ignore[arg-type]
+    return deploy.calibrated_copy(calibrate(prepared, calibration, forward_fn, steps))
 
 
 def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
@@ -148,8 +155,22 @@ def quantize_(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
-    _check_calibration(plan, calibration, forward_fn, steps)
-    convert_in_place(model, plan)
+    if not _calibrates(plan, calibration, forward_fn, steps):
+        convert_in_place(model, plan)
+        return summary(model)
+    from lowbit.calibration import calibrate, deploy
+    from lowbit.calibration.prepare import DEFAULT_OBSERVER, prepare_in_place
+    from lowbit.calibration.prepared import detach
+
+    assert calibration is not None
+    plan = make_plan(model, scheme, overrides, filter_fn, fuse, epilogues=False)
+    prepare_in_place(model, plan, fuse, DEFAULT_OBSERVER)
+    try:
+        calibrate(model, calibration, forward_fn, steps)
+    except BaseException:
+        detach(model)
+        raise
+    deploy.deploy_in_place(model)
     return summary(model)
 
 
@@ -265,9 +286,24 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     if layer is not job.module:
         layer.train(job.module.training)
         name_layer(layer, job.name)
+        if job.activation is not None:
+            _set_activation(layer, job)
         if job.tied_weight is not None:
             _share_equal_buffers(layer, done.setdefault(job.tied_weight, layer))
     return layer
+
+
+def _set_activation(layer: nn.Module, job: Job) -> None:
+    """Gives a layer the scale and zero point of its input, which its job knows."""
+    assert job.activation is not None
+    set_activation: Any = getattr(layer, "set_activation", None)
+    if set_activation is None:
+        raise ValueError(
+            f"layer '{job.name}': the converter of {job.kind} returned a {type(layer).__name__}, "
+            "not a layer of lowbit.nn, whose input was calibrated; give it a dynamic scheme by an "
+            "override"
+        )
+    set_activation(job.activation.scale, job.activation.zero)
 
 
 def _share_equal_buffers(layer: nn.Module, first: nn.Module) -> None:
@@ -310,14 +346,22 @@ def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
             vars(layer)[name] = value
 
 
-def _check_calibration(
+def _calibrates(
     plan: Plan, calibration: Data | None, forward_fn: ForwardFn | None, steps: int | None
-) -> None:
-    """Refuses data that nothing would use, and what belongs to data without any."""
+) -> bool:
+    """Whether a plan needs calibration data, and has some; refuses all that does not fit."""
+    static = [job for job in plan.jobs if job.scheme.static]
     if calibration is None:
         if forward_fn is not None or steps is not None:
             raise ValueError("forward_fn and steps belong to calibration data: pass calibration=")
-        return
+        if static:
+            raise ValueError(
+                f"layer '{static[0].name}': {static[0].scheme.name} has static activations, whose "
+                "scales come from example data: pass calibration=batches"
+            )
+        return False
+    if static:
+        return True
     names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
     raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
 

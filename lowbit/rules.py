@@ -29,6 +29,9 @@ _COMPUTES = (
     "bias",
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PREPARED = "_lowbit_prepared"
+"""The attribute of a layer that was prepared for calibration."""
+
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _registered: dict[type[nn.Module], Converter] = {}
@@ -178,6 +181,8 @@ def _blocked(module: nn.Module, parent: nn.Module | None) -> str:
         )
     if hasattr(type(module), "lowbit_class"):
         return "it is prepared for training: lowbit.convert makes the deployed layer of it"
+    if PREPARED in vars(module):
+        return "it is prepared for calibration: lowbit.convert makes the deployed layer of it"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
