@@ -266,6 +266,22 @@ def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def with_static_padding(conv: Conv2d, padding: tuple[int, int, int, int]) -> PaddedConv2d:
+    """A lowbit convolution that also pads by (left, right, top, bottom), sharing its tensors."""
+    result = PaddedConv2d(
+        **conv._arguments(conv),
+        bias=conv.bias is not None,
+        scheme=conv.scheme,
+        device="meta",
+        dtype=conv.weight_dtype,
+    )
+    result._buffers.update(conv._buffers)
+    before = vars(conv).get("static_padding", (0, 0, 0, 0))
+    total = tuple(a + b for a, b in zip(before, padding, strict=True))
+    vars(result).update(static_padding=total, epilogue=conv.epilogue, _fqn=conv._fqn)
+    return result.train(conv.training)
+
+
 def _convert_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:
     plain, padding = _conv_with_static_padding(module)
     if not any(padding):

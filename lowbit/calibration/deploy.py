@@ -10,6 +10,7 @@ from lowbit.convert import convert_in_place, converted_copy
 from lowbit.plan import Plan, plan_fusion, plan_layers
 from lowbit.report import entry_of
 from lowbit.schemes import Scheme
+from lowbit.static.prepared import PreparedNetwork
 
 NEVER_RAN = "never ran during calibration: its activations have no scale"
 
@@ -33,6 +34,8 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     if any(isinstance(module, qat.QATLayer) for module in prepared.modules()):
         return qat.convert(prepared)
+    if isinstance(prepared, PreparedNetwork):
+        return prepared.convert()
     return calibrated_copy(prepared).eval()
 
 

@@ -29,12 +29,14 @@ class Graph:
         module: the traced model; its graph has a node for each value that is observed.
         nodes: in order; inputs first.
         inputs: names of the input nodes, in the order of forward's arguments.
+        arguments: names of these.
         output: what forward returns, with references to values.
     """
 
     module: fx.GraphModule
     nodes: list[Node]
     inputs: tuple[str, ...]
+    arguments: tuple[str, ...]
     output: Any
 
 
@@ -52,8 +54,9 @@ def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) ->
     """
     arguments = bind(model, example_inputs)
     traced = _trace(model, set(arguments), layers)
-    inputs = tuple(n.target for n in traced.graph.nodes if n.op == "placeholder")
-    values = _record(traced, [arguments[name] for name in inputs])
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    names = tuple(str(node.target) for node in placeholders)
+    values = _record(traced, [arguments[name] for name in names])
     reader = _Reader(traced, values, layers)
     for node in traced.graph.nodes:
         if node.op == "output":
@@ -61,7 +64,7 @@ def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) ->
         else:
             reader.read(node)
     nodes = fuse_nodes(reader.nodes, set(references(output)))
-    return Graph(traced, nodes, inputs, output)
+    return Graph(traced, nodes, tuple(node.name for node in placeholders), names, output)
 
 
 def bind(model: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -109,8 +112,10 @@ def _trace(model: nn.Module, given: set[str], layers: Collection[int]) -> fx.Gra
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target not in given and not node.users:
             graph.erase_node(node)  # an argument that was left out
-    graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph)
+    module = fx.GraphModule(root, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 class _Recorder(fx.Interpreter):

@@ -55,6 +55,7 @@ class Network(nn.Module):
         self,
         nodes: Sequence[Node],
         inputs: Sequence[str],
+        arguments: Sequence[str],
         output: Any,
         affines: Mapping[str, Affine],
         modules: Mapping[str, nn.Module],
@@ -63,7 +64,7 @@ class Network(nn.Module):
         super().__init__()
         self.eager = False
         self.nodes = list(nodes)
-        self._inputs = tuple(inputs)
+        self._inputs = dict(zip(arguments, inputs, strict=True))
         self._output = output
         self._names = tuple(affines)
         self._owners = coded_values(nodes)
@@ -124,18 +125,19 @@ class Network(nn.Module):
                 f"the network takes ({names}), as its example inputs were, not {len(args)} "
                 f"arguments and {sorted(kwargs)}"
             )
-        for name in self._inputs:
+        values = {}
+        for name, node in self._inputs.items():
             x = given[name]
             if not isinstance(x, Tensor):
                 raise TypeError(f"argument '{name}' is a {type(x).__name__}, not a tensor")
             if x.device.type != "cpu":
                 raise RuntimeError(f"argument '{name}' is on {x.device}; move it to the CPU")
-            dtype = self._by_name[name].dtype
+            dtype = self._by_name[node].dtype
             x = x.detach()
             if x.is_floating_point() and x.dtype != dtype:
                 x = x.to(dtype)
-            given[name] = x
-        return given
+            values[node] = x
+        return values
 
     def _run_float(self, node: Node, values: Mapping[str, Any]) -> Any:
         kind, target, args, kwargs = node.settings["call"]
