@@ -110,12 +110,18 @@ def _trace(model: nn.Module, given: set[str], layers: Collection[int]) -> fx.Gra
     except Exception as error:  # any: it is the model's code, run on what is no tensor
         raise NotCaptured(f"torch.fx cannot trace it ({one_line(error)})") from None
     for node in list(graph.nodes):
-        if node.op == "placeholder" and node.target not in given and not node.users:
-            graph.erase_node(node)  # an argument that was left out
+        if node.op == "placeholder" and node.target not in given:
+            _erase(graph, node)  # an argument that was left out, and torch.fx's check of it
     module = fx.GraphModule(root, graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
 
 
 class _Recorder(fx.Interpreter):
@@ -156,6 +162,7 @@ class _Reader:
         self.by_name: dict[str, Node] = {}
         self.aliases: dict[str, str] = {}
         self.calls: dict[str, int] = {}
+        self.tensors = set(values)
 
     @property
     def nodes(self) -> list[Node]:
@@ -176,7 +183,7 @@ class _Reader:
             module = self.module.get_submodule(str(node.target))
         inputs = tuple(dict.fromkeys(references((args, kwargs))))
         call = Call(node.op, node.target, module, args, dict(kwargs), shape, node.name)
-        call.values = [self.by_name[name] for name in inputs]
+        call.values = [self.by_name[name] for name in inputs if name in self.tensors]
         plain = _plain(node, module, call)
         found: Node | Alias | None = None
         reason = ""
@@ -226,6 +233,11 @@ class _Reader:
         settings: dict[str, Any] = {"module": str(call.target), "operation": operation}
         settings["copy"] = self.calls.get(str(call.target), 0)
         self.calls[str(call.target)] = settings["copy"] + 1
+        module = call.module
+        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):
+            pads, dilation = module.padding, module.dilation
+            reach = tuple(d * (k - 1) for d, k in zip(dilation, module.kernel_size, strict=True))
+            settings["room"] = tuple(zip(reach, pads, strict=True))
         if layout == "flat":
             # The weight's columns are in torch's order of [C, H, W], the codes in that of [H, W, C].
             settings["flattened"] = self._flattened(value)

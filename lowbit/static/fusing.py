@@ -59,6 +59,8 @@ class _Fusing:
             sides = before.settings["sides"]
         if sides is None or layer.layout != "nchw" or self.only_user(before.name) is not layer:
             return
+        if not _has_room(layer, sides):
+            return
         source = self.nodes[before.inputs[0]]
         if not source.layout:
             source.layout = "nchw"
@@ -148,3 +150,13 @@ class _Fusing:
             for name, other in self.nodes.items()
             if name != node.name
         }
+
+
+def _has_room(layer: Node, sides: tuple[int, int, int, int]) -> bool:
+    """Whether no window would lie beyond the image: programs take no such padding."""
+    left, right, top, bottom = sides
+    room = layer.settings.get("room")
+    return room is not None and all(
+        own + after <= max(reach, own + before)
+        for (reach, own), before, after in zip(room, (top, left), (bottom, right), strict=True)
+    )
