@@ -11,7 +11,7 @@ from models import Net, RaggedNet, assert_same_state, row, state, trained
 from torch import nn
 
 import lowbit
-from lowbit.calibration import ObserverModule
+from lowbit.calibration.prepared import ObserverModule
 
 IMAGES = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 

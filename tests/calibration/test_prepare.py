@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from models import Net, RaggedNet, assert_same_state, row, state, trained
 from torch import nn
 
 import lowbit
-from lowbit.calibration import NotCaptured, ObserverModule, prepare
-from lowbit.calibration.prepared import detach, learned
+from lowbit.calibration import prepare as prepare_module
+from lowbit.calibration.prepare import NotCaptured
+from lowbit.calibration.prepared import ObserverModule, detach, learned
 
 IMAGES = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -232,7 +232,7 @@ def test_norms_in_training_mode_stay():
 
 def test_a_graph_is_captured_where_it_can_be(monkeypatch):
     captured = nn.Identity()
-    monkeypatch.setattr(prepare_module(), "capture", lambda model, inputs: captured)
+    monkeypatch.setattr(prepare_module, "capture", lambda model, inputs: captured)
     assert lowbit.prepare(net(), "w8a8-static") is captured
     assert lowbit.prepare(net(), "w8a8-static", graph=False) is not captured
 
@@ -244,7 +244,7 @@ def test_why_a_graph_was_not_captured_is_in_the_account(monkeypatch):
         seen.append((set(observers(model)), inputs))
         raise NotCaptured("its forward depends on values")
 
-    monkeypatch.setattr(prepare_module(), "capture", refuse)
+    monkeypatch.setattr(prepare_module, "capture", refuse)
     prepared = lowbit.prepare(net(), "w8a8-static", IMAGES[0], overrides={"fc": "w8a8"})
     ((names, inputs),) = seen
     assert "stem" in names
@@ -252,10 +252,6 @@ def test_why_a_graph_was_not_captured_is_in_the_account(monkeypatch):
     converted = lowbit.convert(lowbit.calibrate(prepared, IMAGES))
     assert "layer by layer: its forward depends on values" in row(converted, "stem").note
     assert row(converted, "fc").note == ""
-
-
-def prepare_module():
-    return sys.modules[prepare.__module__]
 
 
 # --- Refusals ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from models import Net, trained
 from torch import nn
 
 import lowbit
-from lowbit.calibration import ObserverModule
+from lowbit.calibration.prepared import ObserverModule
 
 IMAGES = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
