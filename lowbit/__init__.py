@@ -22,7 +22,9 @@ except ImportError as error:
         raise SystemExit(f"lowbit: error: {error}") from None
     raise
 from lowbit import nn, observers, qat
-from lowbit.calibration import calibrate, convert, prepare
+from lowbit.calibration.deploy import convert
+from lowbit.calibration.prepare import prepare
+from lowbit.calibration.run import calibrate
 from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.fuse import fuse

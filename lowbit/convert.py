@@ -82,7 +82,9 @@ def quantize(
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
     if not _calibrates(plan, calibration, forward_fn, steps):
         return converted_copy(model, plan)
-    from lowbit.calibration import calibrate, deploy, prepare
+    from lowbit.calibration import deploy
+    from lowbit.calibration.prepare import prepare
+    from lowbit.calibration.run import calibrate
 
     assert calibration is not None
     options = {"overrides": overrides, "filter_fn": filter_fn, "fuse": fuse}
@@ -158,9 +160,10 @@ def quantize_(
     if not _calibrates(plan, calibration, forward_fn, steps):
         convert_in_place(model, plan)
         return summary(model)
-    from lowbit.calibration import calibrate, deploy
+    from lowbit.calibration import deploy
     from lowbit.calibration.prepare import DEFAULT_OBSERVER, prepare_in_place
     from lowbit.calibration.prepared import detach
+    from lowbit.calibration.run import calibrate
 
     assert calibration is not None
     plan = make_plan(model, scheme, overrides, filter_fn, fuse, epilogues=False)
