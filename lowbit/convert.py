@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,14 +83,17 @@ def quantize(
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
     if not _calibrates(plan, calibration, forward_fn, steps):
         return converted_copy(model, plan)
-    from lowbit.calibration import deploy
+    from lowbit.calibration import batches, deploy
     from lowbit.calibration.prepare import prepare
     from lowbit.calibration.run import calibrate
 
     assert calibration is not None
     options = {"overrides": overrides, "filter_fn": filter_fn, "fuse": fuse}
-    prepared = prepare(model, scheme, **options)  # type: ignore[arg-type]
-    return deploy.calibrated_copy(calibrate(prepared, calibration, forward_fn, steps))
+    source = batches(calibration, steps)
+    first = next(source)
+    examples = first if forward_fn is None else None
+    prepared = prepare(model, scheme, examples, **options)  # type: ignore[arg-type]
+    return deploy.calibrated_copy(calibrate(prepared, chain([first], source), forward_fn))
 
 
 def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:

@@ -34,13 +34,13 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     if any(isinstance(module, qat.QATLayer) for module in prepared.modules()):
         return qat.convert(prepared)
-    if isinstance(prepared, PreparedNetwork):
-        return prepared.convert()
     return calibrated_copy(prepared).eval()
 
 
 def calibrated_copy(prepared: nn.Module) -> nn.Module:
     """What `convert` makes of a calibrated model, in the modes that this has."""
+    if isinstance(prepared, PreparedNetwork):
+        return prepared.convert()
     reattach = None
     layers = _checked(prepared)
     reattach = detach(prepared)

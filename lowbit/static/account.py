@@ -66,7 +66,8 @@ def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
         *parts, last = node.fused or (node.name,)
         rows.append(Row(parts[0] if parts else last, operation, where, note))
         rows += [
-            Row(part, operation, where, f"computed with '{parts[0]}'") for part in (*parts[1:], last)
+            Row(part, operation, where, f"computed with '{parts[0]}'")
+            for part in (*parts[1:], last)
             if parts
         ]
     return Account(tuple(rows))

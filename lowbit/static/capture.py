@@ -91,7 +91,7 @@ def bind(model: nn.Module, inputs: Any) -> dict[str, Any]:
 class _Tracer(fx.Tracer):
     """Traces into all modules but torch's own and those that convert."""
 
-    def __init__(self, layers: Collection[int]) -> None:
+    def __init__(self, layers: Collection[int] = ()) -> None:  # without: when a trace is unpickled
         super().__init__()
         self._layers = layers
 

@@ -59,7 +59,9 @@ class Call:
     def named(self, *names: str) -> dict[str, Any]:
         """Arguments behind the first, by name; a module's are its attributes."""
         if self.module is not None:
-            return {name: getattr(self.module, name) for name in names if hasattr(self.module, name)}
+            return {
+                name: getattr(self.module, name) for name in names if hasattr(self.module, name)
+            }
         return dict(zip(names, self.args[1:], strict=False)) | {
             key: value for key, value in self.kwargs.items() if key != "input"
         }
@@ -166,7 +168,9 @@ def _max_pool(call: Call, layout: str) -> Node | None:
     given = call.named(*names)
     if layout != "nchw" or given.get("return_indices"):
         return None
-    return _node(call, "max_pool", layout, **_window(given), dilation=_pair(given.get("dilation", 1)))
+    return _node(
+        call, "max_pool", layout, **_window(given), dilation=_pair(given.get("dilation", 1))
+    )
 
 
 def _avg_pool(call: Call, layout: str) -> Node | None:

@@ -119,12 +119,16 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
     undo = detach(prepared)
     try:
         modules = dict(prepared.named_modules())
-        operations = {id(m): _operation(m, found[id(m)]) for m in modules.values() if id(m) in found}
+        operations = {
+            id(m): _operation(m, found[id(m)]) for m in modules.values() if id(m) in found
+        }
         with eval_mode([prepared]):
             graph = capture(prepared, example_inputs, operations)
         if not any(node.in_integers for node in graph.nodes):
             raise NotCaptured("none of its layers runs in integers")
-        layers = {name: found[id(module)] for name, module in modules.items() if id(module) in found}
+        layers = {
+            name: found[id(module)] for name, module in modules.items() if id(module) in found
+        }
     except NotCaptured:
         undo()
         raise

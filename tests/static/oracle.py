@@ -316,7 +316,9 @@ class _Window:
 def _taps(start: int, kernel: int, dilation: int, size: int, padding: int):
     """Positions of one dimension that lie in the image; how many lie in it or its padding."""
     positions = range(start, start + kernel * dilation, dilation)
-    return [p for p in positions if 0 <= p < size], len([p for p in positions if p < size + padding])
+    return [p for p in positions if 0 <= p < size], len(
+        [p for p in positions if p < size + padding]
+    )
 
 
 def _memory(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
