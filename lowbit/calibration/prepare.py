@@ -24,7 +24,7 @@ from lowbit.qat import QATLayer
 from lowbit.report import set_entry
 from lowbit.rules import PREPARED
 from lowbit.static.capture import NotCaptured
-from lowbit.static.prepared import prepare_network
+from lowbit.static.prepared import prepare_network as capture
 
 DEFAULT_OBSERVER = "mse"
 
@@ -78,7 +78,7 @@ def prepare(
     prepare_in_place(result, plan, fuse, observer, symmetric)
     if graph:
         try:
-            return prepare_network(result, example_inputs)
+            return capture(result, example_inputs)
         except NotCaptured as error:
             _note(result, f"runs layer by layer: {error}")
     return result

@@ -1,4 +1,4 @@
-"""A model as a graph of nodes: torch.fx traces it, example inputs give sizes, patterns recognize."""
+"""A model as a graph of nodes: torch.fx traces it, example inputs give sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) ->
 
     Args:
         model: float, in eval mode, batch norms folded.
-        example_inputs: one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+        example_inputs: one batch: a tensor, a tuple of positional or a mapping of keyword
+            arguments.
         layers: by its id, what a module that is to run in integers is: its operation ("conv" or
             "linear"), or the reason why it is not.
 
@@ -170,7 +171,11 @@ class _Reader:
 
     def argument(self, value: Any) -> Any:
         """An argument with references for torch.fx's nodes."""
-        return fx.node.map_arg(value, lambda n: Ref(self.aliases.get(n.name, n.name)))
+
+        def reference(n: fx.Node) -> Any:
+            return Ref(self.aliases.get(n.name, n.name))
+
+        return fx.node.map_arg(value, reference)
 
     def read(self, node: fx.Node) -> None:
         shape, dtype = self.values.get(node.name, ((), torch.float32))
@@ -239,7 +244,7 @@ class _Reader:
             reach = tuple(d * (k - 1) for d, k in zip(dilation, module.kernel_size, strict=True))
             settings["room"] = tuple(zip(reach, pads, strict=True))
         if layout == "flat":
-            # The weight's columns are in torch's order of [C, H, W], the codes in that of [H, W, C].
+            # The weight's columns are in torch's order [C, H, W], the codes in [H, W, C].
             settings["flattened"] = self._flattened(value)
             layout = "nc"
         return Node(call.name, "layer", (value.name,), settings, layout), ""

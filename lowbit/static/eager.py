@@ -85,6 +85,7 @@ class _Run:
 
     def _conv(self, step: dict[str, Any]) -> Tensor | None:
         layer: QuantizedLayer = next(self.layers)[0]
+        y: Tensor
         x = self._real(step["x"])
         if isinstance(layer, Conv2d):
             y = layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Which nodes one step computes: padding, residual and activation go into the layer between them."""
+"""Which nodes one step computes: padding, residual and activation go into the layer."""
 
 from __future__ import annotations
 

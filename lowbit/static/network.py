@@ -50,6 +50,8 @@ class Network(nn.Module):
 
     value_scale: Tensor
     value_zero: Tensor
+    _plans: dict[Any, _Plan]
+    _affines: dict[str, Affine] | None
 
     def __init__(
         self,
@@ -231,11 +233,11 @@ class Network(nn.Module):
 
     def _forget(self) -> None:
         """Programs are planned anew."""
-        self._plans: dict[Any, _Plan] = {}
-        self._affines: dict[str, Affine] | None = None
+        self._plans = {}
+        self._affines = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:

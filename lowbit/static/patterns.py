@@ -67,7 +67,7 @@ class Call:
         }
 
     def rest(self, name: str) -> Any:
-        """What follows the tensor, as one sequence or one by one: `x.view(2, 3)`, `x.view((2, 3))`."""
+        """What follows the tensor, in a sequence or not: `x.view(2, 3)`, `x.view((2, 3))`."""
         if name in self.kwargs:
             return self.kwargs[name]
         values = self.args[1:]

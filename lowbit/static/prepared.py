@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from lowbit import observers, rules
 from lowbit.baselines import eval_mode
 from lowbit.calibration.prepared import Learned, ObserverModule, detach, learned
-from lowbit.convert import name_layer
+from lowbit.convert import carried_state, carry_over, name_layer
+from lowbit.nn import Conv2d
 from lowbit.nn.base import QuantizedLayer
 from lowbit.observers import Affine
 from lowbit.report import Entry, entry_of, set_entry
@@ -78,11 +79,16 @@ class PreparedNetwork(nn.Module):
         Raises:
             ValueError: nothing was observed.
         """
-        modules = [*self.observers.values(), *self.layer_observers.values()]
-        if any(module.observer.seen == 0 for module in modules):
+        values, layers = _learned(self.observers), _learned(self.layer_observers)
+        if any(observer.seen == 0 for observer in [*values.values(), *layers.values()]):
             raise ValueError("the model is not calibrated: run lowbit.calibrate(prepared, data)")
-        affines = {name: m.observer.parameters() for name, m in self.observers.items()}  # type: ignore[union-attr,operator]
+        affines = {name: observer.parameters() for name, observer in values.items()}
         return _Conversion(self, affines).run()
+
+
+def _learned(modules: nn.ModuleDict) -> dict[str, observers.Observer]:
+    found: dict[str, Any] = dict(modules.items())
+    return {name: module.observer for name, module in found.items()}
 
 
 class _Observing(fx.Interpreter):
@@ -119,6 +125,9 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
     undo = detach(prepared)
     try:
         modules = dict(prepared.named_modules())
+        for name, module in modules.items():
+            if rules.hook_count(module) and id(module) not in found:
+                raise NotCaptured(f"'{name}' has hooks, which would not run")
         operations = {
             id(m): _operation(m, found[id(m)]) for m in modules.values() if id(m) in found
         }
@@ -201,6 +210,7 @@ class _Conversion:
         layer = self._converted(path, source)
         assert isinstance(layer, QuantizedLayer)
         if node.settings.get("sides"):
+            assert isinstance(layer, Conv2d)
             layer = rules.with_static_padding(layer, node.settings["sides"])
         affine = self.affines[self.owners[node.inputs[0]]]
         layer.set_activation(affine.scale, affine.zero)
@@ -249,7 +259,7 @@ class _Conversion:
             return
         layer = self._converted(path, self.prepared.model.get_submodule(path))
         if node.name in self.prepared.layer_observers and isinstance(layer, QuantizedLayer):
-            affine = self.prepared.layer_observers[node.name].observer.parameters()  # type: ignore[union-attr,operator]
+            affine = _learned(self.prepared.layer_observers)[node.name].parameters()
             layer.set_activation(affine.scale, affine.zero)
         where = path
         if path in self.modules:  # called before, on other values
@@ -264,6 +274,7 @@ class _Conversion:
         if converter is None:
             raise ValueError(f"layer '{path}': {reason}")
         layer = converter(module, scheme)
+        carry_over(copy.deepcopy(carried_state(module, rules.is_builtin(converter))), layer)
         name_layer(layer, path)
         return layer
 

@@ -1,4 +1,4 @@
-"""A program of code-to-code steps, as `_core.Program` takes it: what a segment of a network becomes.
+"""A program of code-to-code steps, as `_core.Program` takes it: what a segment becomes.
 
 `tests/static/oracle.py` states what each step computes.
 """

@@ -1,4 +1,4 @@
-"""A network's nodes in the order in which they run: segments in integers, float operations between."""
+"""A network's nodes as they run: segments in integers, float operations between."""
 
 from __future__ import annotations
 

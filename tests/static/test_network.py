@@ -158,7 +158,7 @@ def test_dtypes(images):
 def test_inputs_that_do_not_fit(network, images):
     with pytest.raises(ValueError, match=r"'stem'.*3 channels, not 4"):
         network(torch.randn(2, 4, 12, 16))
-    with pytest.raises(ValueError, match="4 dimensions|had \\[4\\]"):
+    with pytest.raises(ValueError, match=r"had \[4\]"):
         network(torch.randn(3, 12, 16))
     with pytest.raises(TypeError, match=r"\(x\)"):
         network(images, images)
@@ -202,7 +202,7 @@ def test_preparing_again_and_converting_twice(images):
 def test_calibration_data_with_nan_names_the_value(images):
     prepared = lowbit.prepare(Net().eval(), "w8a8-static", images)
     images[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="'x'.*NaN"):
+    with pytest.raises(ValueError, match=r"'x'.*NaN"):
         lowbit.calibrate(prepared, [images])
 
 
@@ -237,3 +237,18 @@ def test_no_example_inputs_and_no_graph(images):
         prepared = lowbit.prepare(Net().eval(), "w8a8-static", **options)
         assert not isinstance(prepared, PreparedNetwork)
         assert not isinstance(lowbit.convert(lowbit.calibrate(prepared, [images])), Network)
+
+
+def test_hooks_and_attributes_of_layers(images):
+    model, calls = Net(), []
+    model.mix.mine = 7
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    network = converted(model, images)
+    assert network.mix.mine == 7
+    assert [row.name for row in network.account.in_float][-1] == "head"
+    calls.clear()
+    network(images)
+    assert calls == [1]
+    model.body.register_forward_pre_hook(lambda *_: None)
+    prepared = lowbit.prepare(model.eval(), "w8a8-static", images)
+    assert not isinstance(prepared, PreparedNetwork)
