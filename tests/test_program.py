@@ -148,19 +148,52 @@ class Network:
 # --- Convolutions --------------------------------------------------------------------------------
 
 KINDS = {
-    "first": dict(channels=3, out_channels=20, kernel=(3, 3), stride=(2, 2), padding=(0, 1, 0, 1)),
-    "dense": dict(channels=24, out_channels=40, kernel=(3, 3), padding=(1, 1, 1, 1)),
-    "pointwise": dict(channels=40, out_channels=72),
-    "strided": dict(channels=37, out_channels=16, stride=(2, 2)),
-    "depthwise": dict(channels=40, out_channels=40, kernel=(3, 3), padding=(1, 1, 1, 1), groups=40),
-    "depthwise5": dict(
-        channels=24, out_channels=24, kernel=(5, 5), stride=(2, 2), padding=(2, 2, 2, 2), groups=24
-    ),
-    "grouped": dict(channels=40, out_channels=80, kernel=(3, 3), padding=(1, 1, 1, 1), groups=20),
-    "halves": dict(channels=24, out_channels=40, kernel=(3, 2), dilation=(2, 1), groups=2),
-    "dilated": dict(
-        channels=9, out_channels=17, kernel=(2, 3), padding=(1, 2, 3, 0), dilation=(2, 3)
-    ),
+    "first": {
+        "channels": 3,
+        "out_channels": 20,
+        "kernel": (3, 3),
+        "stride": (2, 2),
+        "padding": (0, 1, 0, 1),
+    },
+    "dense": {"channels": 24, "out_channels": 40, "kernel": (3, 3), "padding": (1, 1, 1, 1)},
+    "pointwise": {"channels": 40, "out_channels": 72},
+    "strided": {"channels": 37, "out_channels": 16, "stride": (2, 2)},
+    "depthwise": {
+        "channels": 40,
+        "out_channels": 40,
+        "kernel": (3, 3),
+        "padding": (1, 1, 1, 1),
+        "groups": 40,
+    },
+    "depthwise5": {
+        "channels": 24,
+        "out_channels": 24,
+        "kernel": (5, 5),
+        "stride": (2, 2),
+        "padding": (2, 2, 2, 2),
+        "groups": 24,
+    },
+    "grouped": {
+        "channels": 40,
+        "out_channels": 80,
+        "kernel": (3, 3),
+        "padding": (1, 1, 1, 1),
+        "groups": 20,
+    },
+    "halves": {
+        "channels": 24,
+        "out_channels": 40,
+        "kernel": (3, 2),
+        "dilation": (2, 1),
+        "groups": 2,
+    },
+    "dilated": {
+        "channels": 9,
+        "out_channels": 17,
+        "kernel": (2, 3),
+        "padding": (1, 2, 3, 0),
+        "dilation": (2, 3),
+    },
 }
 
 
@@ -253,7 +286,7 @@ def test_lut(isa, rng):
 def test_pools(isa, rng, include_pad, kernel, stride, padding, dilation, size):
     net = Network(rng)
     x = net.input((37, 9, 7))
-    keys = dict(x=x, kernel=kernel, stride=stride, padding=padding)
+    keys = {"x": x, "kernel": kernel, "stride": stride, "padding": padding}
     if dilation == (1, 1):
         to = net.value((37, *size))
         net.dequantize(net.step("avg_pool", **keys, include_pad=include_pad, to=to))

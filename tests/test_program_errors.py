@@ -231,5 +231,5 @@ def test_runs():
         (*ports, -1, 1),
         (*ports, 1, 0),
     ]:
-        with pytest.raises(ValueError, match="inputs|outputs|required"):
+        with pytest.raises(ValueError, match=r"inputs|outputs|required"):
             program.run(inputs, outputs, batch, threads)
