@@ -41,8 +41,8 @@ void add_border(const std::vector<Step>& steps, std::vector<CodeMap>& maps) {
                          int64_t size) {
       return (out - 1) * stride + (kernel - 1) * dilation + 1 - pad - size;
     };
-    below[v] = std::max(below[v], rest(g.out_height, g.stride_h, g.kernel_h, g.dilation_h,
-                                       g.pad_top, g.height));
+    below[v] = std::max(
+        below[v], rest(g.out_height, g.stride_h, g.kernel_h, g.dilation_h, g.pad_top, g.height));
     right[v] = std::max(
         right[v], rest(g.out_width, g.stride_w, g.kernel_w, g.dilation_w, g.pad_left, g.width));
   }

@@ -1,5 +1,5 @@
-// Where the values of a program lie: their borders, their pitch, and memory that those share which do
-// not live at the same time.
+// Where the values of a program lie: their borders, their pitch, and memory that those share which
+// do not live at the same time.
 #pragma once
 
 #include "step.h"

@@ -1,5 +1,7 @@
 // pybind11 only: check, unwrap, release the GIL, call lowbit.h. No torch header: tensors arrive as
 // addresses, so one build works with every torch.
+#include "bindings.h"
+
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,7 +14,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings.h"
 #include "cpu.h"
 #include "direct.h"
 #include "lowbit.h"

@@ -171,9 +171,9 @@ std::unique_ptr<Program> make_program(const Values& values, const std::vector<py
 void run(const Program& program, const std::vector<Port>& inputs, const std::vector<Port>& outputs,
          int64_t batch, int threads, double* seconds) {
   const auto images = [&](const std::vector<Port>& ports, int64_t want, const char* what) {
-    require(static_cast<int64_t>(ports.size()) == want,
-            "the program has " + std::to_string(want) + " " + what + ", not " +
-                std::to_string(ports.size()));
+    require(static_cast<int64_t>(ports.size()) == want, "the program has " + std::to_string(want) +
+                                                            " " + what + ", not " +
+                                                            std::to_string(ports.size()));
     std::vector<FloatImages> out;
     for (const auto& [address, channels_last] : ports) {
       require(address != 0 || batch == 0, std::string("an address of the ") + what + " is 0");

@@ -93,7 +93,8 @@ class Quantize : public CodeStep {
     for (int64_t at = 0; at < to_.width; at += kPixels) {
       const int64_t count = std::min(kPixels, to_.width - at);
       for (int64_t i = 0; i < count; ++i) to[i] = to_.pixel(frame.arena, y, at + i);
-      // What is written behind the channels is written again, by those before: from the last ones on.
+      // What is written behind the channels is written again, by those before: from the last ones
+      // on.
       for (int64_t c = (to_.channels - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
         const int64_t channels = std::min(kChannels, to_.channels - c);
         for (int64_t i = 0; i < channels; ++i)

@@ -73,7 +73,8 @@ class ConvStep : public Executor {
     // activations.
     const bool by_channels = team > 1 && g.groups == 1 && port_ < 0 &&
                              weights_.n * traits(weights_.format).bits > pixels * 8;
-    Range mine = by_channels ? Range{0, pixels} : part(pixels, thread, team), channels{0, weights_.n};
+    Range mine = by_channels ? Range{0, pixels} : part(pixels, thread, team),
+          channels{0, weights_.n};
     if (by_channels) {
       channels = part(ceil_div(weights_.n, kernel_.nr), thread, team);
       channels = {channels.begin * kernel_.nr, std::min(weights_.n, channels.end * kernel_.nr)};
@@ -143,7 +144,8 @@ class ConvStep : public Executor {
   void run_codes(const Images& images, const CodeImage& codes, Range mine, Range channels) const {
     static thread_local Scratch rows_scratch, block_scratch;
     const Conv2dGeometry& g = geometry_;
-    const int64_t n = g.out_channels / g.groups, blocks = ceil_div(mine.end - mine.begin, block_size());
+    const int64_t n = g.out_channels / g.groups,
+                  blocks = ceil_div(mine.end - mine.begin, block_size());
     int8_t** q;
     const int8_t** residual;
     float* floats;
@@ -206,7 +208,8 @@ class ConvStep : public Executor {
       if (has_residual_) add_residual(frame, first, count, y);
       if (has_residual_ || depthwise_ || grouped_)
         kernel_.apply(epilogue_, count, g.out_channels, y, g.out_channels);
-      put_floats(kernel_, frame, port_, g.out_height * g.out_width, g.out_channels, first, count, y);
+      put_floats(kernel_, frame, port_, g.out_height * g.out_width, g.out_channels, first, count,
+                 y);
     }
   }
 

@@ -83,7 +83,8 @@ class Depthwise {
         codes_(codes),
         in_registers_(codes && in_tile_ && codes->in_registers()) {
     const int64_t tile = in_tile_ ? 0 : int64_t{kTilePixels} * kernel.nr;
-    const int64_t scales = depth.groups * kernel.nr, channels = round_up(geometry.out_channels, kPanel);
+    const int64_t scales = depth.groups * kernel.nr,
+                  channels = round_up(geometry.out_channels, kPanel);
     const int64_t floats = codes && !in_registers_ ? expanded.outputs() * geometry.out_width : 0;
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
                 piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),

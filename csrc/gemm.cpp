@@ -73,8 +73,8 @@ class Block {
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
     const bool in_tile = fits_tile();
-    in_registers_ = codes && in_tile && codes->to->in_registers() &&
-                    (codes->whole || weights.n % kPanel == 0);
+    in_registers_ =
+        codes && in_tile && codes->to->in_registers() && (codes->whole || weights.n % kPanel == 0);
     // A block is no wider than a tile where its channels need padding.
     const int64_t bias = weights.bias ? kernel.nr : std::max<int64_t>(weights.n, kernel.nr);
     scratch.cut(piece(scale_, kernel.nr), piece(bias_, bias),

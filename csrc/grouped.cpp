@@ -39,8 +39,9 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
   const int64_t tap_k = k / taps;
   TapField* field = fields;
   for (int64_t t = 0; t < taps; ++t) {
-    offsets[t] = (t / g.kernel_w * g.dilation_h * images.row_pixels() + t % g.kernel_w * g.dilation_w) *
-                 images.pitch();
+    offsets[t] =
+        (t / g.kernel_w * g.dilation_h * images.row_pixels() + t % g.kernel_w * g.dilation_w) *
+        images.pitch();
     for (int64_t c = 0; c < in; ++c) {
       *field++ = tap_field(f, t * tap_k + c, c % 4);
       ends[t * steps + c / 4] = static_cast<int>(field - fields);

@@ -21,9 +21,9 @@ class Images {
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
          const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
-  // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows` rows of
-  // `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the channels of
-  // a pixel is any code.
+  // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
+  // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the
+  // channels of a pixel is any code.
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, const int8_t* codes, int64_t rows,
          int64_t row_pixels, int64_t pitch);
 
@@ -49,7 +49,7 @@ class Images {
   int64_t width() const { return width_; }
   int64_t row_pixels() const { return row_pixels_; }  // from a row to the next
   bool view() const { return view_; }
-  int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
+  int64_t group_bytes() const { return group_bytes_; }   // from a pixel's group to the next one
   bool lowest() const { return fixed_.fixed || view_; }  // codes may be -128
   float scale(int64_t image) const {
     return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];

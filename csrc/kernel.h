@@ -13,10 +13,10 @@
 
 namespace lowbit {
 
-// From float outputs to codes: q = clamp(round(v * inverse), low, high) + zero, halves to even, where v
-// is y + residual_scale * (r - residual_zero) with the code r of a residual, or y. Bounds are integers.
-// ReLU and ReLU6 are bounds as well, since rounding keeps the order. With a table, q = table[i - first]
-// for i = clamp(round(v * inverse), low, high).
+// From float outputs to codes: q = clamp(round(v * inverse), low, high) + zero, halves to even,
+// where v is y + residual_scale * (r - residual_zero) with the code r of a residual, or y. Bounds
+// are integers. ReLU and ReLU6 are bounds as well, since rounding keeps the order. With a table, q
+// = table[i - first] for i = clamp(round(v * inverse), low, high).
 struct Requantize {
   float inverse, low, high;
   int zero;
@@ -206,8 +206,8 @@ struct Kernel {
   // y = float((a - zero_a) * (b - zero_b)) * scale
   void (*multiply_codes)(int64_t n, const int8_t* a, int zero_a, const int8_t* b, int zero_b,
                          float scale, float* y);
-  void (*max_codes)(int64_t n, const int8_t* a, int8_t* q);    // q = max(q, a)
-  void (*total_codes)(int64_t n, const int8_t* a, int32_t* sum);  // sum += a
+  void (*max_codes)(int64_t n, const int8_t* a, int8_t* q);                    // q = max(q, a)
+  void (*total_codes)(int64_t n, const int8_t* a, int32_t* sum);               // sum += a
   void (*lookup)(int64_t n, const int8_t* a, const int8_t* table, int8_t* q);  // table[uint8(a)]
   void (*dequantize)(int64_t n, const int8_t* a, int zero, float scale, float* y);
 

@@ -45,8 +45,7 @@ class Program::Lease {
         program.free_.pop_back();
       }
     }
-    while (arenas_.size() < count)
-      arenas_.push_back(std::make_unique<Arena>(program.arena_bytes_));
+    while (arenas_.size() < count) arenas_.push_back(std::make_unique<Arena>(program.arena_bytes_));
   }
   ~Lease() {
     try {
@@ -86,11 +85,11 @@ void Program::plan() {
       outputs_ = std::max(outputs_, step.port + 1);
     if (step.op == StepOp::conv) {
       executors_.push_back(make_conv(
-          kernel_, {step, value(step.from[0]), map(step.from[0]),
-                    made ? &values_[static_cast<size_t>(step.to)] : nullptr,
-                    made ? map(step.to) : CodeMap{},
-                    added ? &values_[static_cast<size_t>(step.residual)] : nullptr,
-                    added ? map(step.residual) : CodeMap{}}));
+          kernel_,
+          {step, value(step.from[0]), map(step.from[0]),
+           made ? &values_[static_cast<size_t>(step.to)] : nullptr, made ? map(step.to) : CodeMap{},
+           added ? &values_[static_cast<size_t>(step.residual)] : nullptr,
+           added ? map(step.residual) : CodeMap{}}));
     } else {
       StepPlan p{step, {}, {}, {}, {}};
       for (int v : step.from) p.from.push_back(value(v)), p.from_maps.push_back(map(v));

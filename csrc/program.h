@@ -24,8 +24,8 @@ class Program {
   const std::vector<Step>& steps() const { return steps_; }
   int64_t arena_bytes() const { return arena_bytes_; }  // of one image
 
-  // All inputs and outputs have `batch` images. `seconds`: null, or [steps] to which the time of each
-  // is added, of the first thread.
+  // All inputs and outputs have `batch` images. `seconds`: null, or [steps] to which the time of
+  // each is added, of the first thread.
   void run(const FloatImages* inputs, const FloatImages* outputs, int64_t batch, int threads,
            double* seconds = nullptr) const;
 

@@ -31,8 +31,7 @@ Requantize requantize_to(const CodeValue& value, Epilogue epilogue) {
   to.low = static_cast<float>(-128 - value.zero);
   to.high = static_cast<float>(127 - value.zero);
   if (epilogue == Epilogue::relu || epilogue == Epilogue::relu6) to.low = std::max(to.low, 0.0f);
-  if (epilogue == Epilogue::relu6)
-    to.high = std::min(to.high, std::nearbyint(6.0f * to.inverse));
+  if (epilogue == Epilogue::relu6) to.high = std::min(to.high, std::nearbyint(6.0f * to.inverse));
   to.hardswish = epilogue == Epilogue::hardswish;
   return to;
 }

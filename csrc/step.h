@@ -52,8 +52,8 @@ struct Step {
   std::vector<int> from;  // values: x; a and b; all that concat joins
   int to = -1;            // the value that it makes
   int64_t port = -1;      // of the program: input of quantize, output of dequantize or of conv
-  // conv; pools take kernel, stride, padding and dilation from its geometry. Sizes of images are the
-  // values', but where a conv's output is float.
+  // conv; pools take kernel, stride, padding and dilation from its geometry. Sizes of images are
+  // the values', but where a conv's output is float.
   Conv2dGeometry geometry{};
   Weights weights{};
   Activation activation = Activation::int8;

@@ -49,8 +49,9 @@ class Check {
       throw std::invalid_argument(name + "sizes must be at least 1, and not absurdly large");
     if (!(v.scale >= FLT_MIN && 1.0f / v.scale >= FLT_MIN && 1.0f / v.scale <= FLT_MAX &&
           v.scale <= FLT_MAX / 256))
-      throw std::invalid_argument(name + "the scale must be a positive normal number, as must its "
-                                         "inverse and 256 times it");
+      throw std::invalid_argument(name +
+                                  "the scale must be a positive normal number, as must its "
+                                  "inverse and 256 times it");
     if (v.zero < -128 || v.zero > 127)
       throw std::invalid_argument(name + "the zero point must be one of -128..127");
   }
@@ -62,14 +63,15 @@ class Check {
   }
   const CodeValue& read(int v) const {
     const CodeValue& out = value(v);
-    require(made_[static_cast<size_t>(v)], "value " + std::to_string(v) + " is read before it is made");
+    require(made_[static_cast<size_t>(v)],
+            "value " + std::to_string(v) + " is read before it is made");
     return out;
   }
 
   // The one image of a port: its sizes must be the same wherever it is named.
   void use_port(std::vector<CodeValue>& ports, int64_t port, const CodeValue& image, bool once) {
-    require(port >= 0 && port < kMostPorts, "input and output numbers are 0.." +
-                                                std::to_string(kMostPorts - 1));
+    require(port >= 0 && port < kMostPorts,
+            "input and output numbers are 0.." + std::to_string(kMostPorts - 1));
     if (static_cast<size_t>(port) >= ports.size())
       ports.resize(static_cast<size_t>(port) + 1, CodeValue{0, 0, 0, 1, 0});
     CodeValue& known = ports[static_cast<size_t>(port)];
@@ -90,9 +92,9 @@ class Check {
 
   void check_step(const Step& s) {
     const bool conv = s.op == StepOp::conv;
-    const size_t wanted = s.op == StepOp::quantize                        ? 0
+    const size_t wanted = s.op == StepOp::quantize                     ? 0
                           : s.op == StepOp::add || s.op == StepOp::mul ? 2
-                                                                        : 1;
+                                                                       : 1;
     if (s.op == StepOp::concat)
       require(!s.from.empty(), "nothing to join");
     else
@@ -109,7 +111,8 @@ class Check {
             "it has a value 'to' and an output as well");
     require(s.residual < 0 || conv, "only conv adds a residual");
     check_op(s);
-    if (s.op == StepOp::quantize) use_port(inputs_, s.port, values_[static_cast<size_t>(s.to)], false);
+    if (s.op == StepOp::quantize)
+      use_port(inputs_, s.port, values_[static_cast<size_t>(s.to)], false);
     if (s.op == StepOp::dequantize) use_port(outputs_, s.port, value(s.from[0]), true);
     if (!floats) made_[static_cast<size_t>(s.to)] = true;
   }
@@ -151,7 +154,8 @@ class Check {
         return check_pool(s, *x, *to);
       case StepOp::adaptive_avg_pool:
         require(x->channels == to->channels, "the channels must be the same");
-        return require(x->height * x->width <= kMostWindow, "the image is too large to be averaged");
+        return require(x->height * x->width <= kMostWindow,
+                       "the image is too large to be averaged");
       case StepOp::pad:
         require(x->channels == to->channels && same_codes(*x, *to),
                 "channels, scale and zero point must be the same");
@@ -173,12 +177,13 @@ class Check {
 
   static bool divides(int64_t a, int64_t b) { return a % b == 0 || b % a == 0; }
 
-  // Whether a window fits: sizes are what torch asks for, where padding is not more than half of it.
+  // Whether a window fits: sizes are what torch asks for, where padding is not more than half of
+  // it.
   void check_window(const Conv2dGeometry& g) const {
     for (int64_t v : {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w})
       require(v >= 1 && v <= kMostSize, "kernel, stride and dilation must be positive");
     for (int64_t v : {g.pad_top, g.pad_left})
-      require(v >= 0 && v <= kMostSize, "padding must not be negative");
+      require(v >= 0 && v <= kMostSize, "padding must not be negative, nor absurdly large");
   }
 
   void check_conv(const Step& s, const CodeValue& x, const CodeValue* to) {
