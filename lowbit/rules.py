@@ -140,6 +140,11 @@ def is_builtin(converter: Converter) -> bool:
     return converter in _EMPTY
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether one of lowbit's own converters takes modules of this kind."""
+    return _registered_for(module) is None and _builtin_for(module) is not None
+
+
 def hook_count(module: nn.Module) -> int:
     """How many hooks a module's call runs."""
     return sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)

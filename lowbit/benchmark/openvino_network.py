@@ -1,11 +1,12 @@
 """A captured network as OpenVINO's INT8 graph: FakeQuantize at the edges that are codes here.
 
-Ranges are those of the same calibration, in the form that NNCF's preset for speed writes: symmetric,
+Ranges are those of the same calibration, as NNCF's preset for speed has them: symmetric,
 unsigned where nothing is negative; weights are int8 codes with a scale for each channel.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,58 @@ import torch
 from torch import nn
 
 from lowbit.benchmark.peers.blocks import signed_codes
+from lowbit.benchmark.peers.openvino_request import request
 from lowbit.static.functions import Function
 from lowbit.static.node import Node
 from lowbit.static.prepared import PreparedNetwork
 from lowbit.static.stages import coded_values
+
+
+def available() -> bool:
+    """Whether OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+class Compiled:
+    """A compiled network, and the same with counters.
+
+    Args:
+        prepared, shape: as for `build`.
+        threads: number of threads.
+    """
+
+    def __init__(self, prepared: PreparedNetwork, shape: tuple[int, ...], threads: int) -> None:
+        self.run = request(build(prepared, shape), threads)
+        self._graph = build(prepared, shape)
+        self._threads = threads
+
+    def each(self, images: torch.Tensor) -> torch.Tensor:
+        """Outputs of images one by one, where it was built for one."""
+        return torch.cat([self.run(image[None].contiguous()).clone() for image in images])
+
+    def profile(self, x: torch.Tensor, rounds: int) -> list[tuple[str, str, float]]:
+        """(name, kind, seconds) of each layer, the best of some rounds."""
+        import openvino as ov
+
+        config = {
+            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERF_COUNT": True,
+        }
+        infer = ov.Core().compile_model(self._graph, "CPU", config).create_infer_request()
+        best: dict[tuple[str, str], float] = {}
+        for _ in range(rounds):
+            infer.infer([x.numpy()])
+            for layer in infer.profiling_info:
+                key = layer.node_name, layer.exec_type
+                seconds = layer.real_time.total_seconds()
+                best[key] = min(best.get(key, seconds), seconds)
+        return [(name, kind, seconds) for (name, kind), seconds in best.items() if seconds]
+
+
+def compile_network(prepared: PreparedNetwork, shape: tuple[int, ...], threads: int) -> Compiled:
+    """A network for inputs of this shape."""
+    return Compiled(prepared, shape, threads)
 
 
 def build(prepared: PreparedNetwork, shape: tuple[int, ...]) -> Any:
@@ -91,7 +140,10 @@ class _Build:
         left, right, top, bottom = self._sides(node, module)
         height, width = module.padding
         convolution = self.op.group_convolution if module.groups > 1 else self.op.convolution
-        begin, end = [int(height) + top, int(width) + left], [int(height) + bottom, int(width) + right]
+        begin, end = (
+            [int(height) + top, int(width) + left],
+            [int(height) + bottom, int(width) + right],
+        )
         y = convolution(x, weight, list(module.stride), begin, end, list(module.dilation))
         if module.bias is None:
             return y

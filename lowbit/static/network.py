@@ -27,9 +27,9 @@ class Scope(nn.Module):
 class _Plan:
     """A segment for inputs of one size."""
 
-    def __init__(self, lowered: Lowered) -> None:
+    def __init__(self, lowered: Lowered, make: Callable[..., Any]) -> None:
         self.lowered = lowered
-        self.core = _core.Program(*lowered.program.arguments())
+        self.core = make(*lowered.program.arguments())
 
 
 class Network(nn.Module):
@@ -46,7 +46,11 @@ class Network(nn.Module):
         eager: whether to run step by step in Python, by the layers and torch: the same bits,
             slowly, for looking inside.
         nodes: what it computes, in order.
+        make_program: what runs a program's arguments; for tests and profiles.
+        folded: names of the float model's batch norms that are part of layers.
     """
+
+    make_program: Callable[..., Any] = _core.Program
 
     value_scale: Tensor
     value_zero: Tensor
@@ -65,6 +69,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.eager = False
+        self.folded: tuple[str, ...] = ()
         self.nodes = list(nodes)
         self._inputs = dict(zip(arguments, inputs, strict=True))
         self._output = output
@@ -203,7 +208,7 @@ class Network(nn.Module):
                 name: (self._by_name[name].layout, tuple(x.shape))
                 for name, x in zip(stage.inputs, inputs, strict=True)
             }
-            plan = _Plan(lower(stage.nodes, sizes, stage.outputs, self))
+            plan = _Plan(lower(stage.nodes, sizes, stage.outputs, self), self.make_program)
             self._plans[key] = plan
         return plan
 

@@ -32,6 +32,7 @@ class PreparedNetwork(nn.Module):
         model: the traced float model.
         observers: of the values that will have codes, by their names.
         layer_observers: of the inputs of static layers that run by themselves, by the layer's node.
+        folded: names of the batch norms that are part of layers.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PreparedNetwork(nn.Module):
         self.model = graph.module
         self._graph = (graph.nodes, graph.inputs, graph.arguments, graph.output)
         self._layers = dict(layers)
+        self.folded: list[str] = []
         self.observers = nn.ModuleDict()
         for owner in dict.fromkeys(coded_values(graph.nodes).values()):
             shown = next(node.fused[-1:] for node in graph.nodes if node.name == owner)
@@ -83,7 +85,7 @@ class PreparedNetwork(nn.Module):
         if any(observer.seen == 0 for observer in [*values.values(), *layers.values()]):
             raise ValueError("the model is not calibrated: run lowbit.calibrate(prepared, data)")
         affines = {name: observer.parameters() for name, observer in values.items()}
-        return _Conversion(self, affines).run()
+        return Conversion(self, affines).run()
 
 
 def _learned(modules: nn.ModuleDict) -> dict[str, observers.Observer]:
@@ -128,11 +130,7 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
         for name, module in modules.items():
             if rules.hook_count(module) and id(module) not in found:
                 raise NotCaptured(f"'{name}' has hooks, which would not run")
-        operations = {
-            id(m): _operation(m, found[id(m)]) for m in modules.values() if id(m) in found
-        }
-        with eval_mode([prepared]):
-            graph = capture(prepared, example_inputs, operations)
+        graph = captured(prepared, example_inputs, found)
         if not any(node.in_integers for node in graph.nodes):
             raise NotCaptured("none of its layers runs in integers")
         layers = {
@@ -145,13 +143,30 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
     def make(activation: str) -> observers.Observer:
         return observers.make(settings.name, activation, settings.symmetric)
 
-    return PreparedNetwork(graph, layers, make).train(prepared.training)
+    network = PreparedNetwork(graph, layers, make).train(prepared.training)
+    for name, module in modules.items():
+        entry = entry_of(module)
+        if isinstance(module, nn.Identity) and entry is not None and entry.folded:
+            network.folded.append(name)
+    return network
+
+
+def captured(model: nn.Module, example_inputs: Any, layers: Mapping[int, Learned]) -> Graph:
+    """The graph of a float model, of which these layers convert.
+
+    Raises:
+        NotCaptured: there is none.
+    """
+    modules = [module for module in model.modules() if id(module) in layers]
+    operations = {id(module): _operation(module, layers[id(module)]) for module in modules}
+    with eval_mode([model]):
+        return capture(model, example_inputs, operations)
 
 
 def _operation(module: nn.Module, layer: Learned) -> str:
     """ "conv" or "linear", or why a layer runs by itself."""
     scheme = layer.preparation.scheme
-    converter, reason = rules.find_converter(module, None)
+    converter, reason = rules.find_empty_converter(module, None)
     if converter is None:
         return reason
     if not scheme.static:
@@ -160,7 +175,7 @@ def _operation(module: nn.Module, layer: Learned) -> str:
         return f"runs by itself: programs have no {scheme.activation} activations"
     kinds = {nn.Linear: "linear", nn.Conv2d: "conv"}
     kind = next((name for base, name in kinds.items() if isinstance(module, base)), None)
-    if kind is None or not rules.is_builtin(converter):
+    if kind is None or not rules.is_plain(module):
         return f"runs by itself: programs have no {type(module).__name__}"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"runs by itself: programs have no {module.padding_mode} padding"
@@ -177,9 +192,19 @@ def _own_layer(node: Node, layers: Mapping[str, Learned]) -> str | None:
     return target if kind == "call_module" and target in layers else None
 
 
-class _Conversion:
-    def __init__(self, prepared: PreparedNetwork, affines: Mapping[str, Affine]) -> None:
+class Conversion:
+    """Makes a network of a prepared one.
+
+    Args:
+        affines: what the codes of each observed value mean.
+        empty: whether tensors will come from a file: weights are not read.
+    """
+
+    def __init__(
+        self, prepared: PreparedNetwork, affines: Mapping[str, Affine], empty: bool = False
+    ) -> None:
         self.prepared = prepared
+        self.empty = empty
         self.nodes, self.inputs, self.arguments, self.output = copy.deepcopy(prepared._graph)
         self.affines = affines
         self.owners = coded_values(self.nodes)
@@ -187,6 +212,7 @@ class _Conversion:
         self.tensors: dict[str, Tensor] = {}
 
     def run(self) -> Network:
+        """The network, in eval mode."""
         with torch.no_grad():
             for node in self.nodes:
                 if node.kind == "layer":
@@ -202,6 +228,7 @@ class _Conversion:
             self.modules,
             self.tensors,
         )
+        network.folded = tuple(self.prepared.folded)
         return network.eval()
 
     def _layer(self, node: Node) -> None:
@@ -259,7 +286,8 @@ class _Conversion:
             return
         layer = self._converted(path, self.prepared.model.get_submodule(path))
         if node.name in self.prepared.layer_observers and isinstance(layer, QuantizedLayer):
-            affine = _learned(self.prepared.layer_observers)[node.name].parameters()
+            observer = _learned(self.prepared.layer_observers)[node.name]
+            affine = Affine(1.0, 0) if self.empty else observer.parameters()
             layer.set_activation(affine.scale, affine.zero)
         where = path
         if path in self.modules:  # called before, on other values
@@ -270,7 +298,8 @@ class _Conversion:
 
     def _converted(self, path: str, module: nn.Module) -> nn.Module:
         scheme = self.prepared._layers[path].preparation.scheme
-        converter, reason = rules.find_converter(module, None)
+        find = rules.find_empty_converter if self.empty else rules.find_converter
+        converter, reason = find(module, None)
         if converter is None:
             raise ValueError(f"layer '{path}': {reason}")
         layer = converter(module, scheme)

@@ -252,3 +252,52 @@ def test_hooks_and_attributes_of_layers(images):
     model.body.register_forward_pre_hook(lambda *_: None)
     prepared = lowbit.prepare(model.eval(), "w8a8-static", images)
     assert not isinstance(prepared, PreparedNetwork)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("into", ["float", "meta", "network"])
+def test_files(into, network, images, tmp_path):
+    path = tmp_path / "network.safetensors"
+    lowbit.save_file(network, path)
+    model = Net()
+    if into == "meta":
+        model = model.to("meta")
+    elif into == "network":
+        model = converted(model, 2 * images)
+    loaded = lowbit.load_file(model, path)
+    assert isinstance(loaded, Network)
+    assert torch.equal(loaded(images), network(images))
+    assert str(lowbit.summary(loaded)) == str(lowbit.summary(network))
+    assert str(loaded.account) == str(network.account)
+    other = tmp_path / "again.safetensors"
+    lowbit.save_file(loaded, other)
+    assert torch.equal(lowbit.load_file(Net(), other)(images), network(images))
+
+
+def test_files_of_every_kind_of_layer(images, tmp_path):
+    model = nn.Sequential(
+        nn.ZeroPad2d((0, 1, 0, 1)),
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(384, 5),
+    )
+    overrides = {"3": "w4a16-static", "7": "w2a8-g32-static"}
+    network = converted(model, images, overrides=overrides)
+    path = tmp_path / "network.safetensors"
+    lowbit.save_file(network, path)
+    loaded = lowbit.load_file(copy.deepcopy(model), path)
+    assert torch.equal(loaded(images), network(images))
+
+
+def test_files_of_another_model(network, images, tmp_path):
+    path = tmp_path / "network.safetensors"
+    lowbit.save_file(network, path)
+    for model in (Branching(), nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Conv2d(3, 8, 3)):
+        with pytest.raises(lowbit.FileFormatError):
+            lowbit.load_file(model, path)

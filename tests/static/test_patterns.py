@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import pytest
@@ -11,7 +12,6 @@ from static import oracle
 from torch import nn
 
 import lowbit
-from lowbit.static import network as network_module
 from lowbit.static.network import Network
 
 
@@ -24,12 +24,9 @@ def converted(model, *examples, scheme="w8a8-static", batches=3, **options):
 
 def by_oracle(model, monkeypatch, *inputs):
     """What the oracle makes of the network's programs."""
-    with monkeypatch.context() as patch:
-        patch.setattr(network_module._core, "Program", oracle.Program)
-        model._forget()
-        y = model(*inputs)
-    model._forget()
-    return y
+    twin = copy.deepcopy(model)
+    monkeypatch.setattr(twin, "make_program", oracle.Program, raising=False)
+    return twin(*inputs)
 
 
 def eagerly(model, *inputs):
