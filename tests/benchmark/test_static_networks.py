@@ -1,4 +1,4 @@
-"""lowbit.benchmark.static_networks, openvino_network: sides, cases, profiles. No timing asserted."""
+"""lowbit.benchmark.static_networks, openvino_network: sides and profiles. No timing asserted."""
 
 from __future__ import annotations
 
