@@ -19,7 +19,6 @@ from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
-from lowbit.rounding.sequential import round_layers
 from lowbit.rules import register_converter
 
 __all__ = ["quantize", "quantize_", "register_converter"]
@@ -40,10 +39,6 @@ def quantize(
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
     fuse: bool = True,
-    calibration: Any = None,
-    forward_fn: Any = None,
-    steps: int | None = None,
-    correct_bias: bool = False,
 ) -> nn.Module:
     """A quantized copy of a model; `lowbit.summary` gives its account.
 
@@ -75,11 +70,8 @@ def quantize(
     # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
     memo: dict[int, Any] = {}
     done: dict[int, nn.Module] = {}
-    rounded = {}
-    if calibration is not None:
-        rounded = round_layers(model, plan.jobs, lambda: calibration, lambda job: _convert(job, done), correct_bias=correct_bias)
     for job in _progress(plan.jobs):
-        layer = rounded[id(job.module)] if rounded else _convert(job, done)
+        layer = _convert(job, done)
         if layer is job.module:
             plan.keep(job)
         else:
