@@ -77,9 +77,9 @@ class Problem:
         codes = ((values.flatten(0, 1) - self.fmt.add) / self.fmt.mul).to(torch.uint8)
         return QuantizedWeight(
             self._padded(codes),
-            grid.channel,
-            grid.group,
-            grid.group_zero,
+            grid.channel.contiguous(),
+            None if grid.group is None else grid.group.contiguous(),
+            None if grid.group_zero is None else grid.group_zero.contiguous(),
             self.fmt,
             self.group_size,
         )
