@@ -93,7 +93,11 @@ def prepare(
 
 
 def prepare_in_place(
-    model: nn.Module, plan: Plan, fuse: bool, observer: str, symmetric: bool = False
+    model: nn.Module,
+    plan: Plan,
+    fuse: bool,
+    observer: str = DEFAULT_OBSERVER,
+    symmetric: bool = False,
 ) -> None:
     """What `prepare` does to its copy, of a plan for it without epilogues."""
     if not any(job.scheme.static for job in plan.jobs):
