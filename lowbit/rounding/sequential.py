@@ -77,7 +77,7 @@ def round_layers(
         ValueError: there are no data, or a layer gets NaN or Inf from them.
     """
     layers: dict[int, nn.Module] = {}
-    with eval_mode([model]), torch.no_grad(), _no_fused_paths(), _Overlay() as overlay:
+    with eval_mode([model]), torch.no_grad(), no_fused_paths(), _Overlay() as overlay:
         runner = _Runner(model, data, forward, overlay)
         calls = runner.watch(jobs)
         never = _Calls(-1)
@@ -408,7 +408,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _no_fused_paths() -> Iterator[None]:
+def no_fused_paths() -> Iterator[None]:
     """Transformer encoders call their layers, instead of handing their weights to one function."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
