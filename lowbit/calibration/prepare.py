@@ -63,7 +63,8 @@ def prepare(
         scheme, overrides, filter_fn, fuse: as for `lowbit.quantize`.
         example_inputs: one batch, for the capture of the model as a graph.
         observer: how ranges are chosen: "minmax", "moving_average", "percentile", "mse" or
-            "entropy", see `lowbit.observers`. {default}
+            "entropy", see `lowbit.observers`. The default has the best SQNR on EfficientNet-Lite0
+            (`bench/CALIBRATION.md`), and unlike "minmax" it is not at the mercy of one outlier.
         symmetric: whether int8 activations have no zero point.
         graph: whether to capture the model as a graph, so that codes flow between layers. What
             cannot be captured is quantized layer by layer, and the account says why.
