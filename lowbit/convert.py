@@ -97,7 +97,7 @@ def quantize(
             learning.round(model, plan)
         return converted_copy(model, plan)
     from lowbit.calibration import deploy
-    from lowbit.calibration.prepare import prepare
+    from lowbit.calibration.prepare import add_note, prepare
 
     prepared = prepare(
         model,
@@ -108,6 +108,8 @@ def quantize(
         fuse=fuse,
         graph=not learning.rounds,
     )
+    if learning.rounds:
+        add_note(prepared, "runs layer by layer: its weights learn from the data, too")
     learning.calibrate(prepared)
     return deploy.calibrated_copy(prepared, learning.round)
 
@@ -378,7 +380,7 @@ class _Learning:
     """Calibration data, and what learns from it.
 
     Attributes:
-        data: what `batches` takes; read once, and again by those that round.
+        data: what `batches` takes; read once, and again where weights learn, too.
         static: whether activations have scales to learn.
         rounds: whether weights, biases or blocks learn.
     """
@@ -392,13 +394,12 @@ class _Learning:
     rounds: bool
 
     def example(self) -> Any:
-        """The first batch, if models can be called with it."""
-        if self.forward_fn is not None:
+        """The first batch, to capture a graph with; None where that is not done."""
+        if self.forward_fn is not None or self.rounds:
             return None
         source = batches(self.data, self.steps)
         first = next(source)
-        if isinstance(self.data, Iterator):  # it is read once
-            self.data = itertools.chain([first], source)
+        self.data = itertools.chain([first], source)
         return first
 
     def calibrate(self, prepared: nn.Module) -> None:

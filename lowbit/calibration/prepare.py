@@ -89,7 +89,7 @@ def prepare(
         try:
             return capture(result, example_inputs)
         except NotCaptured as error:
-            _note(result, f"runs layer by layer: {error}")
+            add_note(result, f"runs layer by layer: {error}")
     return result
 
 
@@ -135,7 +135,7 @@ def _waiting(job: Job) -> str:
     return "; ".join([f"{verb} {job.scheme.name}", *job.notes])
 
 
-def _note(prepared: nn.Module, note: str) -> None:
+def add_note(prepared: nn.Module, note: str) -> None:
     """Adds a note to the account of every static layer."""
     for module in prepared.modules():
         preparation = preparation_of(module)
