@@ -189,11 +189,12 @@ def quantize_(
         convert_in_place(model, plan)
         return summary(model)
     from lowbit.calibration import deploy
-    from lowbit.calibration.prepare import prepare_in_place
+    from lowbit.calibration.prepare import add_note, prepare_in_place
     from lowbit.calibration.prepared import detach
 
     plan = make_plan(model, scheme, overrides, filter_fn, fuse, epilogues=False)
     prepare_in_place(model, plan, fuse)
+    add_note(model, "runs layer by layer: it was converted in place")
     try:
         learning.calibrate(model)
     except BaseException:
