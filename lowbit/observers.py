@@ -29,6 +29,7 @@ DECAY = 0.01
 """Weight of a new batch in the moving average, once there were 1 / DECAY of them."""
 
 _HALF = BINS // 2
+_CHUNK = 1 << 17  # values at a time: temporaries stay in the cache
 _LARGEST = {"int8": 127, "int16": 32639, "binary": 1}
 _FLT_MIN = float(torch.finfo(torch.float32).tiny)
 
@@ -237,12 +238,13 @@ class _HistogramObserver(Observer):
             state["histogram"].zero_()[_HALF // 2 : _HALF // 2 + _HALF] = pairs
             state["exponent"] += 1
         # A product by a power of two is exact but for underflow, in float32 as in any other.
-        bins = (x * 2.0 ** -int(state["exponent"])).floor_().to(torch.int64).add_(_HALF)
-        counts = torch.bincount(bins, minlength=BINS)
+        inverse = 2.0 ** -int(state["exponent"])
+        for part in torch.split(x, _CHUNK):
+            bins = (part * inverse).floor_().add_(_HALF).to(torch.int32)
+            state["histogram"] += torch.bincount(bins, minlength=BINS)
         zeros = x.numel() - int(torch.count_nonzero(x))
-        counts[_HALF] -= zeros
+        state["histogram"][_HALF] -= zeros
         state["zeros"] += zeros
-        state["histogram"] += counts
 
     def _values(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Centers (float64) and counts (float64) of the bins that hold values, and the width."""

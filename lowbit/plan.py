@@ -58,6 +58,7 @@ class Job:
     fold: Fold | None = None
     epilogue: str = "none"
     activation: Affine | None = None
+    layer: nn.Module | None = None  # made already, where its inputs decide about it
 
     def entry(self) -> Entry:
         note = "; ".join(self.notes)

@@ -109,6 +109,11 @@ class Scheme:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def learns(self) -> bool:
+        """Whether it takes calibration data to convert: static activations, or its quantizer."""
+        return self.static or quantizers.needs_data(self.quantizer or "")
+
     @classmethod
     def parse(cls, value: str | Scheme | Mapping[str, Any]) -> Scheme:
         """A scheme from a recipe ("w4a8-g128", "w4a8-minmax"), a dict of `to_dict`, or a scheme.

@@ -243,7 +243,9 @@ def test_binary_is_the_mean_magnitude(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_histogram_is_that_of_all_values(kind):
+@pytest.mark.parametrize("chunk", [999, 1 << 17])
+def test_a_histogram_is_that_of_all_values(kind, chunk, monkeypatch):
+    monkeypatch.setattr(observers, "_CHUNK", chunk)
     x = sample(kind) * np.repeat([1e-6, 1, 30, 1e-3], 10_000).astype(np.float32)  # it has to grow
     state = fed("mse", x, parts=7).statistics
     width = 2.0 ** int(state["exponent"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from lowbit import qat
@@ -11,6 +13,8 @@ from lowbit.plan import Plan, plan_fusion, plan_layers
 from lowbit.report import entry_of
 from lowbit.schemes import Scheme
 from lowbit.static.prepared import PreparedNetwork
+
+Learn = Callable[[nn.Module, Plan], None]
 
 NEVER_RAN = "never ran during calibration: its activations have no scale"
 
@@ -37,24 +41,26 @@ def convert(prepared: nn.Module) -> nn.Module:
     return calibrated_copy(prepared).eval()
 
 
-def calibrated_copy(prepared: nn.Module) -> nn.Module:
-    """What `convert` makes of a calibrated model, in the modes that this has."""
+def calibrated_copy(prepared: nn.Module, learn: Learn | None = None) -> nn.Module:
+    """What `convert` makes of a calibrated model, in the modes that this has.
+
+    `learn` is given the folded float model and the plan for it: layers that it makes are taken.
+    """
     if isinstance(prepared, PreparedNetwork):
         return prepared.convert()
-    reattach = None
     layers = _checked(prepared)
     reattach = detach(prepared)
     try:
-        return converted_copy(prepared, _plan(prepared, layers))
+        return converted_copy(prepared, _plan(prepared, layers, learn))
     finally:
         reattach()
 
 
-def deploy_in_place(prepared: nn.Module) -> None:
+def convert_calibrated(prepared: nn.Module, learn: Learn | None = None) -> None:
     """Converts a calibrated model itself."""
     layers = _checked(prepared)
     detach(prepared)
-    convert_in_place(prepared, _plan(prepared, layers))
+    convert_in_place(prepared, _plan(prepared, layers, learn))
 
 
 def _checked(prepared: nn.Module) -> dict[int, Learned]:
@@ -89,7 +95,7 @@ class _Prepared:
         """Every layer was prepared under its own name."""
 
 
-def _plan(model: nn.Module, layers: dict[int, Learned]) -> Plan:
+def _plan(model: nn.Module, layers: dict[int, Learned], learn: Learn | None) -> Plan:
     plan = plan_layers(model, _Prepared(layers))
     for job in plan.jobs:
         layer = layers[id(job.module)]
@@ -98,4 +104,6 @@ def _plan(model: nn.Module, layers: dict[int, Learned]) -> Plan:
             job.activation = layer.observer.parameters()
     if any(layer.preparation.fuse for layer in layers.values()):
         plan_fusion(plan, model, folds=False)
+    if learn is not None:
+        learn(model, plan)
     return plan

@@ -55,7 +55,8 @@ def prepare(
         scheme, overrides, filter_fn, fuse: as for `lowbit.quantize`.
         example_inputs: one batch, for the capture of the model as a graph.
         observer: how ranges are chosen: "minmax", "moving_average", "percentile", "mse" or
-            "entropy", see `lowbit.observers`. {default}
+            "entropy", see `lowbit.observers`. The default has the best SQNR on EfficientNet-Lite0
+            (`bench/CALIBRATION.md`), and unlike "minmax" it is not at the mercy of one outlier.
         symmetric: whether int8 activations have no zero point.
         graph: whether to capture the model as a graph, so that codes flow between layers. What
             cannot be captured is quantized layer by layer, and the account says why.
@@ -80,12 +81,16 @@ def prepare(
         try:
             return capture(result, example_inputs)
         except NotCaptured as error:
-            _note(result, f"runs layer by layer: {error}")
+            add_note(result, f"runs layer by layer: {error}")
     return result
 
 
 def prepare_in_place(
-    model: nn.Module, plan: Plan, fuse: bool, observer: str, symmetric: bool = False
+    model: nn.Module,
+    plan: Plan,
+    fuse: bool,
+    observer: str = DEFAULT_OBSERVER,
+    symmetric: bool = False,
 ) -> None:
     """What `prepare` does to its copy, of a plan for it without epilogues."""
     if not any(job.scheme.static for job in plan.jobs):
@@ -122,7 +127,7 @@ def _waiting(job: Job) -> str:
     return "; ".join([f"{verb} {job.scheme.name}", *job.notes])
 
 
-def _note(prepared: nn.Module, note: str) -> None:
+def add_note(prepared: nn.Module, note: str) -> None:
     """Adds a note to the account of every static layer."""
     for module in prepared.modules():
         preparation = preparation_of(module)

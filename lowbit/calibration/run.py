@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -12,8 +9,7 @@ from tqdm import tqdm
 from lowbit.baselines import eval_mode, run
 from lowbit.calibration.data import Data, batches
 from lowbit.calibration.prepared import ObserverModule
-
-ForwardFn = Callable[[nn.Module, Any], Any]
+from lowbit.convert import ForwardFn
 
 
 def calibrate(

@@ -21,7 +21,7 @@ from lowbit.calibration.prepare import prepare
 from lowbit.calibration.run import calibrate
 from lowbit.convert import quantize
 from lowbit.demo.network import load_model
-from lowbit.demo.photographs import PHOTOS, load_views, random_crops
+from lowbit.demo.photographs import PHOTOS, Photo, load_views, random_crops
 from lowbit.observers import OBSERVERS
 from lowbit.quality import Quality, QualityMeter
 from lowbit.schemes import Scheme
@@ -38,8 +38,8 @@ class Options:
 
     Attributes:
         scheme: a static scheme.
-        crops: random crops of each photograph to calibrate on, and as many to test on, beside the
-            demo's six views.
+        crops: random crops of each photograph to calibrate on.
+        test_crops: other random crops of each to test on, beside the demo's six views.
         observers: names, see `lowbit.observers`.
         symmetric: whether symmetric activations are tried, too.
         graph: whether the network may be captured as a graph.
@@ -47,6 +47,7 @@ class Options:
 
     scheme: str = "w8a8-static"
     crops: int = 10
+    test_crops: int = 30
     observers: tuple[str, ...] = tuple(OBSERVERS)
     symmetric: bool = True
     graph: bool = False
@@ -105,10 +106,11 @@ class Calibrations:
                 "",
                 self._table("github"),
                 "",
-                "; ".join(
-                    f"best SQNR on {SPLITS[split]}: {name} ({quality.sqnr_db:.1f} dB)"
+                "Best SQNR: "
+                + "; ".join(
+                    f"{name} ({quality.sqnr_db:.1f} dB) on {SPLITS[split]}"
                     for split, (name, quality) in best.items()
-                ).capitalize()
+                )
                 + ".",
                 "",
             ]
@@ -123,8 +125,7 @@ class Calibrations:
     def _table(self, form: str) -> str:
         headers = [""]
         for split in self.qualities:
-            what = SPLITS[split]
-            headers += [f"{what}: SQNR, dB", "same first guess, %", "KL, nats"]
+            headers += [f"{SPLITS[split]}: SQNR, dB", "same first guess, %", "KL, nats"]
         names = next(iter(self.qualities.values()))
         rows = [
             [name, *(cell for sides in self.qualities.values() for cell in _cells(sides[name]))]
@@ -153,7 +154,7 @@ def run(options: Options | None = None, progress: Progress | None = None) -> Cal
     """
     options = options or Options()
     model = load_model()
-    data = {photo.name: _images(photo.name, options.crops) for photo in PHOTOS}
+    data = {photo.name: _images(photo, options) for photo in PHOTOS}
     qualities, images = {}, {}
     for split in SPLITS:
         meters: dict[str, QualityMeter] = {}
@@ -173,10 +174,9 @@ def run(options: Options | None = None, progress: Progress | None = None) -> Cal
     return Calibrations(options, qualities, images)
 
 
-def _images(name: str, crops: int) -> dict[str, torch.Tensor]:
-    photo = next(photo for photo in PHOTOS if photo.name == name)
-    test = torch.cat([load_views(photo), random_crops(photo, crops, seed=1)])
-    return {"calibration": random_crops(photo, crops, seed=0), "test": test}
+def _images(photo: Photo, options: Options) -> dict[str, torch.Tensor]:
+    test = torch.cat([load_views(photo), random_crops(photo, options.test_crops, seed=1)])
+    return {"calibration": random_crops(photo, options.crops, seed=0), "test": test}
 
 
 def _folds(

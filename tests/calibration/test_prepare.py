@@ -48,6 +48,7 @@ def test_without_fusing_it_runs_as_the_model():
     assert torch.equal(prepared(IMAGES[0]), model(IMAGES[0]))
 
 
+@torch.no_grad()
 def test_every_static_layer_observes_its_input():
     prepared = lowbit.prepare(net(), "w8a8-static", overrides={"fc": "w8a8", "blocks.1": None})
     inputs = {}
