@@ -1,5 +1,7 @@
 // pybind11 only: check, unwrap, release the GIL, call lowbit.h. No torch header: tensors arrive as
 // addresses, so one build works with every torch.
+#include "bindings.h"
+
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -20,14 +22,6 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace lowbit {
-namespace {
-
-using Address = uintptr_t;
-using Codes = py::array_t<uint8_t, py::array::c_style>;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
 
 Format format_of(int index) {
   require(index >= 0 && index < kFormatCount,
@@ -39,29 +33,6 @@ Activation activation_of(int index) {
   require(index >= 0 && index < kActivationCount,
           "activation index " + std::to_string(index) + " is out of range");
   return static_cast<Activation>(index);
-}
-
-template <class List>
-std::string joined(const List& names) {
-  std::string s;
-  for (const auto& name : names) s += (s.empty() ? "" : ", ") + std::string(name);
-  return s;
-}
-
-Format format_named(const std::string& name) {
-  std::vector<std::string> names;
-  for (int i = 0; i < kFormatCount; ++i) {
-    if (name == kFormats[i].name) return static_cast<Format>(i);
-    names.emplace_back(kFormats[i].name);
-  }
-  throw py::value_error("format '" + name + "' is unknown; use one of: " + joined(names));
-}
-
-Activation activation_named(const std::string& name) {
-  for (int i = 0; i < kActivationCount; ++i)
-    if (name == kActivations[i]) return static_cast<Activation>(i);
-  throw py::value_error("activation '" + name +
-                        "' is unknown; use one of: " + joined(kActivations));
 }
 
 Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Address packed,
@@ -85,6 +56,33 @@ Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Addre
           reinterpret_cast<const uint16_t*>(group_zero),
           reinterpret_cast<const float*>(bias),
           static_cast<Epilogue>(epilogue)};
+}
+
+namespace {
+
+using Codes = py::array_t<uint8_t, py::array::c_style>;
+
+template <class List>
+std::string joined(const List& names) {
+  std::string s;
+  for (const auto& name : names) s += (s.empty() ? "" : ", ") + std::string(name);
+  return s;
+}
+
+Format format_named(const std::string& name) {
+  std::vector<std::string> names;
+  for (int i = 0; i < kFormatCount; ++i) {
+    if (name == kFormats[i].name) return static_cast<Format>(i);
+    names.emplace_back(kFormats[i].name);
+  }
+  throw py::value_error("format '" + name + "' is unknown; use one of: " + joined(names));
+}
+
+Activation activation_named(const std::string& name) {
+  for (int i = 0; i < kActivationCount; ++i)
+    if (name == kActivations[i]) return static_cast<Activation>(i);
+  throw py::value_error("activation '" + name +
+                        "' is unknown; use one of: " + joined(kActivations));
 }
 
 // Parameters that do not depend on the input; a scale of 0: there are none.
@@ -407,6 +405,8 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("fit_scales", &call_fit_scales, "x"_a, "mask"_a, "units"_a, "masks"_a, "length"_a,
         "scale"_a, "format"_a, "low"_a, "high"_a, "out"_a, "threads"_a);
+
+  bind_program(m);
 
   m.def("probe", &probe, "what"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a,

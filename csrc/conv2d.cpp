@@ -87,7 +87,7 @@ class Layer {
     if (depthwise_)
       depthwise(kernel_, g, weights_, depth_, *depthwise_, images_, image, first / g.out_width,
                 (first + count) / g.out_width, y);
-    if (grouped_) grouped_->run(images_, image, first, count, y, scratch);
+    if (grouped_) grouped_->run(images_, image, first, count, y, nullptr, scratch);
     if (depthwise_ || grouped_)
       return kernel_.apply(weights_.epilogue, count, g.out_channels, y, g.out_channels);
     Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);

@@ -24,9 +24,11 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
       activation_(activation),
       fixed_(fixed),
       use_bits_(use_bits),
+      view_(false),
       planes_(lowbit::planes(activation)),
       height_(padded_size(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)),
       width_(padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)),
+      row_pixels_(width_),
       elements_(g.height * g.width * g.channels) {
   const int64_t group = g.channels / g.groups;
   group_bytes_ = use_bits ? ceil_div(group, 32) * 4 : group;
@@ -41,6 +43,25 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
               piece(scale_, g.batch), piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
+
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const int8_t* codes, int64_t rows,
+               int64_t row_pixels, int64_t pitch)
+    : kernel_(kernel),
+      geometry_(g),
+      activation_(Activation::int8),
+      fixed_{},
+      use_bits_(false),
+      view_(true),
+      planes_(1),
+      height_(rows),
+      width_((g.out_width - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1),
+      row_pixels_(row_pixels),
+      elements_(g.height * g.width * g.channels),
+      group_bytes_(g.channels / g.groups),
+      pitch_(pitch),
+      plane_bytes_(0),
+      codes_(const_cast<int8_t*>(codes)),
+      scale_(&one_) {}
 
 void Images::quantize(const float* x, int thread, int team) {
   // Images of their own for each thread, or a part of each for all of them.

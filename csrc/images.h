@@ -21,6 +21,12 @@ class Images {
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
          const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
+  // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
+  // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the
+  // channels of a pixel is any code.
+  Images(const Kernel& kernel, const Conv2dGeometry& geometry, const int8_t* codes, int64_t rows,
+         int64_t row_pixels, int64_t pitch);
+
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
 
@@ -41,14 +47,16 @@ class Images {
   int64_t pitch() const { return pitch_; }    // bytes from a pixel to the next one
   int64_t height() const { return height_; }  // with padding, as the width
   int64_t width() const { return width_; }
-  int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
-  bool lowest() const { return fixed_.fixed; }          // codes may be -128
+  int64_t row_pixels() const { return row_pixels_; }  // from a row to the next
+  bool view() const { return view_; }
+  int64_t group_bytes() const { return group_bytes_; }   // from a pixel's group to the next one
+  bool lowest() const { return fixed_.fixed || view_; }  // codes may be -128
   float scale(int64_t image) const {
     return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];
   }
 
  private:
-  int64_t at(int64_t y, int64_t x) const { return y * width_ + x; }
+  int64_t at(int64_t y, int64_t x) const { return y * row_pixels_ + x; }
   int8_t* codes(int64_t image, int plane, int64_t y, int64_t x) {
     return const_cast<int8_t*>(pixel(image, plane, y, x));
   }
@@ -70,15 +78,16 @@ class Images {
   const Conv2dGeometry& geometry_;
   const Activation activation_;
   const UnitScale fixed_;
-  const bool use_bits_;
+  const bool use_bits_, view_;
   const int planes_;
-  const int64_t height_, width_;  // with padding
+  const int64_t height_, width_, row_pixels_;  // with padding
   const int64_t elements_;
   int64_t group_bytes_, pitch_, plane_bytes_;
-  int8_t *codes_, *mask_;
-  int32_t* sums_;
-  std::atomic<uint32_t>* seen_;  // the largest |x| of an image, as its bits
-  float *scale_, *inverse_;
+  int8_t *codes_, *mask_ = nullptr;
+  int32_t* sums_ = nullptr;
+  std::atomic<uint32_t>* seen_ = nullptr;  // the largest |x| of an image, as its bits
+  float *scale_, *inverse_ = nullptr;
+  float one_ = 1.0f;
 };
 
 }  // namespace lowbit

@@ -3,7 +3,7 @@
 Everything that can be checked is, and raises ValueError; that an address is valid cannot.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -164,6 +164,32 @@ def direct_conv2d(
     activation_scale: float = ...,
     activation_zero: int = ...,
 ) -> Direct: ...
+
+# A network of codes: values (channels, height, width, scale, zero point), and steps, each "op" and
+# its operands; weights are read where they are for as long as the program lives. Inputs and outputs
+# are (address, channels last) of dense float32. ValueError says which step is wrong.
+class Program:
+    def __init__(
+        self, values: Sequence[tuple[int, int, int, float, int]], steps: Sequence[dict[str, Any]]
+    ) -> None: ...
+    def run(
+        self,
+        inputs: Sequence[tuple[int, bool]],
+        outputs: Sequence[tuple[int, bool]],
+        batch: int,
+        threads: int,
+    ) -> None: ...
+    # Runs, and returns each step's operation and seconds, on the first thread.
+    def profile(
+        self,
+        inputs: Sequence[tuple[int, bool]],
+        outputs: Sequence[tuple[int, bool]],
+        batch: int,
+        threads: int,
+    ) -> list[tuple[str, float]]: ...
+    @property
+    def arena_bytes(self) -> int: ...  # of the codes of one image
+
 def fit_scales(
     x: int,
     mask: int,

@@ -140,6 +140,11 @@ def is_builtin(converter: Converter) -> bool:
     return converter in _EMPTY
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether one of lowbit's own converters takes modules of this kind."""
+    return _registered_for(module) is None and _builtin_for(module) is not None
+
+
 def hook_count(module: nn.Module) -> int:
     """How many hooks a module's call runs."""
     return sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)
@@ -264,6 +269,22 @@ def _conv_with_static_padding(module: nn.Conv2d) -> tuple[nn.Conv2d, tuple[int, 
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     height, width = sizes
     return height, width
+
+
+def with_static_padding(conv: Conv2d, padding: tuple[int, int, int, int]) -> PaddedConv2d:
+    """A lowbit convolution that also pads by (left, right, top, bottom), sharing its tensors."""
+    result = PaddedConv2d(
+        **conv._arguments(conv),
+        bias=conv.bias is not None,
+        scheme=conv.scheme,
+        device="meta",
+        dtype=conv.weight_dtype,
+    )
+    result._buffers.update(conv._buffers)
+    before = vars(conv).get("static_padding", (0, 0, 0, 0))
+    total = tuple(a + b for a, b in zip(before, padding, strict=True))
+    vars(result).update(static_padding=total, epilogue=conv.epilogue, _fqn=conv._fqn)
+    return result.train(conv.training)
 
 
 def _convert_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:

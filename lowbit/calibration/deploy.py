@@ -12,6 +12,7 @@ from lowbit.convert import convert_in_place, converted_copy
 from lowbit.plan import Plan, plan_fusion, plan_layers
 from lowbit.report import entry_of
 from lowbit.schemes import Scheme
+from lowbit.static.prepared import PreparedNetwork
 
 Learn = Callable[[nn.Module, Plan], None]
 
@@ -45,6 +46,8 @@ def calibrated_copy(prepared: nn.Module, learn: Learn | None = None) -> nn.Modul
 
     `learn` is given the folded float model and the plan for it: layers that it makes are taken.
     """
+    if isinstance(prepared, PreparedNetwork):
+        return prepared.convert()
     layers = _checked(prepared)
     reattach = detach(prepared)
     try:

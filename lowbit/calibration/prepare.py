@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -24,17 +23,10 @@ from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat import QATLayer
 from lowbit.report import set_entry
 from lowbit.rules import PREPARED
+from lowbit.static.capture import NotCaptured
+from lowbit.static.prepared import prepare_network as capture
 
 DEFAULT_OBSERVER = "mse"
-
-
-class NotCaptured(Exception):
-    """A model cannot be captured whole; the message says why."""
-
-
-capture: Callable[[nn.Module, Any], nn.Module] | None = None
-"""capture(prepared, example_inputs): a prepared model that observes what flows between all layers,
-of one whose layers observe their inputs. Raises `NotCaptured`. None: layer by layer."""
 
 
 def prepare(
@@ -85,7 +77,7 @@ def prepare(
     result = copy.deepcopy(model)
     plan = make_plan(result, scheme, overrides, filter_fn, fuse, epilogues=False)
     prepare_in_place(result, plan, fuse, observer, symmetric)
-    if graph and capture is not None:
+    if graph:
         try:
             return capture(result, example_inputs)
         except NotCaptured as error:

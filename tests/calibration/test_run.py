@@ -127,7 +127,7 @@ def test_data_with_nan_names_the_layer(bad):
     with pytest.raises(ValueError, match="layer 'stem': 1 of 384 values are NaN or Inf"):
         lowbit.calibrate(prepared, data)
     assert prepared.stem.input_observer.observer.seen == IMAGES[0].numel()
-    with pytest.raises(ValueError, match="layer 'stem': 1 of 384 values are NaN or Inf"):
+    with pytest.raises(ValueError, match="value of 'x': 1 of 384 values are NaN or Inf"):
         lowbit.quantize(trained(Net()), "w8a8-static", calibration=data)
 
 
