@@ -43,7 +43,7 @@ def compare(
     threads: int | None = None,
     budget_seconds: float = 10.0,
     torch_int8: bool = True,
-    task: str | None = None,
+    task: object = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compares quantized models with the float model and with torch's INT8.
@@ -59,7 +59,9 @@ def compare(
         budget_seconds: wall time of the timing rounds of all sides together. Converting, saving,
             the first calls and the quality come on top.
         torch_int8: whether to include torch's INT8.
-        task: "classification", "other", or None to tell by the output: see `QualityMeter`.
+        task: "classification", "detection", "generation", "embeddings", "language", "other", a
+            function of the float model's output and the candidate's (and the batch), or None to
+            tell by the output: see `lowbit.tasks`.
         progress: called with the stage and the share of it that is done.
 
     Raises:
@@ -218,7 +220,7 @@ def _call(name: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
 def _qualities(
     sides: Mapping[str, nn.Module],
     batches: Iterable[Any],
-    task: str | None,
+    task: object,
     notes: Mapping[str, list[str]],
     report: Progress,
 ) -> tuple[dict[str, Quality], int]:
@@ -236,7 +238,7 @@ def _qualities(
             if name not in meters:
                 continue
             try:
-                meters[name].update(expected, baselines.run(side, batch))
+                meters[name].update(expected, baselines.run(side, batch), batch)
             except Exception as error:
                 if name != TORCH_INT8:
                     raise RuntimeError(f"{name!r} failed on batch {count}: {error}") from error
