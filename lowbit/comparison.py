@@ -97,7 +97,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """`to_dict` as indented, strict JSON: NaN and infinities as "nan", "inf" and "-inf"."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path) -> None:
         """Draws speed-up against SQNR into a file (PNG, SVG or PDF by its suffix)."""
@@ -115,13 +115,13 @@ class Comparison:
         return _render(self)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Non-finite floats as the strings that `float()` takes."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 _Column = tuple[str, Callable[[Row], str]]
