@@ -25,6 +25,7 @@ from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.fuse import fuse
 from lowbit.info import cpu_info
+from lowbit.mixed.search import search
 from lowbit.mixed.sensitivity import sensitivity
 from lowbit.qat import convert, prepare_qat
 from lowbit.report import Report, summary
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_",
     "register_converter",
     "save_file",
+    "search",
     "sensitivity",
     "summary",
 ]

@@ -56,7 +56,8 @@ class Budget:
             return cls._checked("bytes", float(share[1]) / 100, text, of)
         compared = re.fullmatch(r"([A-Za-z_]\w*)\s*([<>]=)\s*([-+.\deE]+)(%?)", stripped)
         if compared:
-            return cls._floor(*compared.groups(), text)
+            name, sign, number, percent = compared.groups()
+            return cls._floor(name, sign, number, percent, text)
         plain = re.fullmatch(rf"{_NUMBER}\s*([A-Za-z]+)", stripped)
         if plain and plain[2] in _BYTES:
             return cls._checked("bytes", float(plain[1]) * _BYTES[plain[2]], text)
@@ -93,8 +94,7 @@ class Budget:
         assert self.metric is not None
         if self.metric not in figures:
             raise ValueError(
-                f"there is no figure {self.metric!r} to keep to; this task has "
-                f"{', '.join(figures)}"
+                f"there is no figure {self.metric!r} to keep to; this task has {', '.join(figures)}"
             )
         value = figures[self.metric]
         return value >= self.value if self._higher else value <= self.value

@@ -27,13 +27,15 @@ class Knapsack:
 
     Args:
         damages: for each layer the damage of each option; an infinite one is not chosen.
-        costs: for each layer the cost of each option, at least 0.
+        costs: for each layer the cost of each option; only differences within a layer matter.
 
     Raises:
         ValueError: a layer without an option of finite damage.
     """
 
-    def __init__(self, damages: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, damages: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
+    ) -> None:
         self._options: list[list[tuple[int, float, float]]] = []  # index, damage, cost
         for index, (row, prices) in enumerate(zip(damages, costs, strict=True)):
             rows = [

@@ -23,7 +23,7 @@ from lowbit.mixed.journal import Journal
 from lowbit.mixed.layers import Assignment, Layer, Workbench
 from lowbit.quality import Quality, QualityMeter
 from lowbit.tasks.metric import metric_of
-from lowbit.timing import Ratio
+from lowbit.timing import Ratio, Timing
 
 Progress = Callable[[str, float], None]
 Forward = Callable[[nn.Module, Any], Any]
@@ -203,8 +203,8 @@ class Measurer:
             handle.remove()
         return caught[0]
 
-    def model_seconds(self, models: Sequence[nn.Module], seconds: float) -> list[float]:
-        """Median seconds of each model for the first batch, measured alternately."""
+    def time_models(self, models: Sequence[nn.Module], seconds: float) -> list[Timing]:
+        """What each model takes for the first batch, measured alternately."""
         batch = self._batches[0]
 
         def call(model: nn.Module) -> Callable[[], Any]:
@@ -212,8 +212,7 @@ class Measurer:
 
         sides = {str(index): call(model) for index, model in enumerate(models)}
         with torch.inference_mode():
-            timings = timing.alternate(sides, min_rounds=5, budget_seconds=seconds)
-        return [timed.p50 for timed in timings.values()]
+            return list(timing.alternate(sides, min_rounds=5, budget_seconds=seconds).values())
 
 
 def key(assignment: Assignment) -> str:
