@@ -15,11 +15,14 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
-from lowbit.calibration.data import Data
+from lowbit.baselines import run
+from lowbit.calibration.data import Data, repeatable
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
+from lowbit.quantizers import needs_data
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
+from lowbit.rounding.sequential import round_layers
 from lowbit.rules import register_converter
 
 __all__ = ["quantize", "quantize_", "register_converter"]
@@ -45,6 +48,8 @@ def quantize(
     calibration: Data | None = None,
     forward_fn: ForwardFn | None = None,
     steps: int | None = None,
+    correct_bias: bool = False,
+    block_steps: int = 0,
 ) -> nn.Module:
     """A quantized copy of a model; `lowbit.summary` gives its account.
 
@@ -69,6 +74,11 @@ def quantize(
         forward_fn: `forward_fn(model, batch)` runs the model on a batch, where neither
             `model(batch)`, `model(*batch)` nor `model(**batch)` does.
         steps: the most batches to take of `calibration`.
+        correct_bias: whether biases make up for what rounding does to the mean of each output
+            channel over `calibration`.
+        block_steps: for how many steps each block of layers (an element of an `nn.ModuleList` or
+            `nn.Sequential`) learns its codes, scales and biases together, so that its outputs on
+            `calibration` come near those of the float block. 0 for none; 200 take minutes.
 
     Returns:
         The copy. Where `model` is itself a layer, the lowbit layer.
@@ -79,7 +89,7 @@ def quantize(
             asks for, or that holds no batch.
     """
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
-    _check_calibration(plan, calibration, forward_fn, steps)
+    _calibrate(model, plan, calibration, forward_fn, steps, correct_bias, block_steps)
     return converted_copy(model, plan)
 
 
@@ -125,6 +135,8 @@ def quantize_(
     calibration: Data | None = None,
     forward_fn: ForwardFn | None = None,
     steps: int | None = None,
+    correct_bias: bool = False,
+    block_steps: int = 0,
 ) -> Report:
     """Quantize the layers of a model in place, one after the other, and return the account.
 
@@ -133,7 +145,8 @@ def quantize_(
 
     Args:
         model: as for `quantize`; changed.
-        scheme, overrides, filter_fn, fuse, calibration, forward_fn, steps: as for `quantize`.
+        scheme, overrides, filter_fn, fuse, calibration, forward_fn, steps, correct_bias,
+            block_steps: as for `quantize`.
 
     Returns:
         The report: print it for a table. `lowbit.summary(model)` gives it again.
@@ -148,7 +161,7 @@ def quantize_(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
-    _check_calibration(plan, calibration, forward_fn, steps)
+    _calibrate(model, plan, calibration, forward_fn, steps, correct_bias, block_steps)
     convert_in_place(model, plan)
     return summary(model)
 
@@ -254,7 +267,7 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     """The lowbit layer of a job, or the float layer itself where a converter returned that."""
     try:
         with torch.no_grad():
-            layer = job.converter(job.source(), job.scheme)
+            layer = job.layer or job.converter(job.source(), job.scheme)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"layer '{job.name}' ({job.scheme.name}): {error}") from error
     if not isinstance(layer, nn.Module):
@@ -310,16 +323,48 @@ def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
             vars(layer)[name] = value
 
 
-def _check_calibration(
-    plan: Plan, calibration: Data | None, forward_fn: ForwardFn | None, steps: int | None
+def _calibrate(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Data | None,
+    forward_fn: ForwardFn | None,
+    steps: int | None,
+    correct_bias: bool,
+    block_steps: int,
 ) -> None:
-    """Refuses data that nothing would use, and what belongs to data without any."""
+    """Makes the layers that learn from data; refuses data that nothing would use."""
+    learning = {
+        job.scheme.quantizer: job.name
+        for job in plan.jobs
+        if needs_data(job.scheme.quantizer or "")
+    }
     if calibration is None:
-        if forward_fn is not None or steps is not None:
-            raise ValueError("forward_fn and steps belong to calibration data: pass calibration=")
+        if forward_fn is not None or steps is not None or correct_bias or block_steps:
+            raise ValueError(
+                "forward_fn, steps, correct_bias and block_steps belong to calibration data: pass "
+                "calibration="
+            )
+        for quantizer, name in learning.items():
+            raise ValueError(
+                f"layer '{name}': quantizer {quantizer!r} needs calibration data: "
+                "lowbit.quantize(model, scheme, calibration=batches)"
+            )
         return
-    names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
-    raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
+    if not (learning or correct_bias or block_steps):
+        names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
+        raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
+    made: dict[int, nn.Module] = {}
+    layers = round_layers(
+        model,
+        plan.jobs,
+        repeatable(calibration, steps),
+        lambda job: _convert(job, made),
+        forward_fn or run,
+        correct_bias,
+        block_steps,
+    )
+    for job in plan.jobs:
+        job.layer = layers[id(job.module)]
 
 
 def _warn_if_nothing_converted(model: nn.Module) -> None:

@@ -104,6 +104,46 @@ class Flow:
                 raise NotFolded("the output of the layer before it is used elsewhere, too")
         return list(layers.values())
 
+    def path_to(
+        self, layer: nn.Module, passes: Callable[[nn.Module], bool]
+    ) -> tuple[nn.Module, list[nn.Module]]:
+        """The layer that alone feeds this one, and whose outputs go nowhere else.
+
+        Args:
+            layer: a layer that is called once.
+            passes: whether a module may lie between the two.
+
+        Returns:
+            The layer before, and the modules between, from there to here.
+
+        Raises:
+            NotFolded: there is none.
+        """
+        calls = self._calls.get(id(layer), [])
+        if len(calls) != 1:
+            raise NotFolded("it is not called exactly once")
+        between: list[nn.Module] = []
+        node = calls[0]
+        while True:
+            if len(node.all_input_nodes) != 1 or len(node.args) + len(node.kwargs) != 1:
+                raise NotFolded("it is called with more than one argument")
+            (before,) = node.all_input_nodes
+            if any(user is not node and not _is_metadata(user) for user in before.users):
+                raise NotFolded("its input is used elsewhere, too")
+            module = self._modules.get(before)
+            if module is None:
+                raise NotFolded(f"what comes before it is no layer ({_what(before)})")
+            if isinstance(module, FLOAT_CLASSES):
+                if len(self._calls[id(module)]) != 1:
+                    raise NotFolded("the layer before it is not called exactly once")
+                if {id(layer), id(module)} & self._read:
+                    raise NotFolded("tensors of one of the two are used directly")
+                return module, between[::-1]
+            if not passes(module):
+                raise NotFolded(f"{type(module).__name__} lies before it")
+            between.append(module)
+            node = before
+
     def _ends_in(self, node: fx.Node, activation: nn.Module, passed: set[int]) -> bool:
         """Whether nothing but the activation sees the values of a node."""
         for user in node.users:

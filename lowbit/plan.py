@@ -56,6 +56,7 @@ class Job:
     folded: str = ""
     fold: Fold | None = None
     epilogue: str = "none"
+    layer: nn.Module | None = None  # made already, where its inputs decide about it
 
     def entry(self) -> Entry:
         note = "; ".join(self.notes)

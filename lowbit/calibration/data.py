@@ -51,6 +51,16 @@ def batches(data: Data, steps: int | None = None) -> Iterator[Any]:
     return _read(iter(data), steps)
 
 
+def repeatable(data: Data, steps: int | None = None) -> Callable[[], Iterator[Any]]:
+    """`batches(data, steps)` for who needs it several times: a function that begins anew.
+
+    What can be read once only (a generator) is kept; a function or a list is read again each time.
+    """
+    if isinstance(data, Iterator):
+        data = list(batches(data, steps))
+    return lambda: batches(data, steps)
+
+
 def _read(source: Iterator[Any], steps: int | None) -> Iterator[Any]:
     empty = True
     for batch in itertools.islice(source, steps):

@@ -1,5 +1,9 @@
-"""Weight quantizers that see more than one weight at a time."""
+"""Weight quantizers that see more than one unit of weights at a time, by name in a `Scheme`.
 
-from lowbit.rounding import descent, gptq
+Without data: `hqq`. With calibration data, which `lowbit.quantize(..., calibration=)` takes:
+`gptq`, `adaround` and `descent`. `equalize` and `smooth` prepare a float model.
+"""
 
-__all__ = ["descent", "gptq"]
+from lowbit.rounding import adaround, descent, gptq, hqq
+
+__all__ = ["adaround", "descent", "gptq", "hqq"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.formats import Format
 from lowbit.quantizers import DEFAULTS, QuantizedWeight, find, register_with_data
 from lowbit.rounding.gptq import compensate, start_grid
+from lowbit.rounding.hqq import fit
 from lowbit.rounding.quadratic import (
     Grid,
     Problem,
@@ -22,10 +23,12 @@ from lowbit.rounding.quadratic import (
     make_grid,
     make_problem,
     nearest_levels,
+    padded_units,
     refit,
     values_of,
 )
 
+_AFFINE = ("int2", "int4")  # whose groups get a zero each, which begins as HQQ's
 _FACTORS = (1.0, 0.9, 0.8, 1.1)
 _ROUNDS = 3  # of fit and descent
 _SWEEPS = 2
@@ -39,7 +42,11 @@ def descent(
     problem = make_problem(w, fmt, group_size, valid, hessian)
     if problem.w.numel() == 0:
         return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    return problem.result(*solve(problem, start_grid(problem)))
+    start = start_grid(problem)
+    if fmt.name in _AFFINE and group_size is not None:
+        x, mask = padded_units(problem)
+        start = fit(x, mask, problem.weights(), fmt, group_size, problem.valid)
+    return problem.result(*solve(problem, start))
 
 
 def solve(problem: Problem, start: Grid) -> tuple[Tensor, Grid]:

@@ -22,6 +22,7 @@ from lowbit.quantizers import (
 )
 
 _FLT_MIN = torch.finfo(torch.float32).tiny
+_SYSTEM = 1 << 23  # float64 numbers of the least-squares problems that are solved at once
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean: Frantar et al., "GPTQ", 2023, section 3.3."""
@@ -77,9 +78,9 @@ class Problem:
         codes = ((values.flatten(0, 1) - self.fmt.add) / self.fmt.mul).to(torch.uint8)
         return QuantizedWeight(
             self._padded(codes),
-            grid.channel,
-            grid.group,
-            grid.group_zero,
+            grid.channel.contiguous(),
+            None if grid.group is None else grid.group.contiguous(),
+            None if grid.group_zero is None else grid.group_zero.contiguous(),
             self.fmt,
             self.group_size,
         )
@@ -168,25 +169,42 @@ def refit(problem: Problem, levels: Tensor, grid: Grid) -> Grid:
 
     A least-squares problem in the row's scales (and zeros), under H.
     """
-    b, r, k = problem.w.shape
-    design = _by_unit(problem, levels)
-    if grid.group_zero is not None:
-        design = torch.cat([design, _by_unit(problem, torch.ones_like(levels))], dim=2)
-    through = design @ problem.hessian[:, None]  # [B, R, unknowns, K]
-    a = (through @ design.transpose(2, 3)).double()
-    y = (through @ problem.w[..., None])[..., 0].double()
-    before = torch.cat([grid.scale, *([] if grid.zero is None else [grid.zero])], dim=1)
-    before = before.double().view(b, r, -1)
+    parts = [grid.scale, *([] if grid.zero is None else [grid.zero])]
+    before = torch.cat(parts, dim=1).view(*levels.shape[:2], -1)
+    rows = max(1, _SYSTEM // (len(levels) * before.shape[2] ** 2))
+    found = torch.cat(
+        [
+            _least_squares(problem, levels[:, part], problem.w[:, part], before[:, part])
+            for part in (slice(at, at + rows) for at in range(0, levels.shape[1], rows))
+        ],
+        dim=1,
+    ).flatten(0, 1)
+    zero = None if grid.zero is None else found[:, problem.units :]
+    new = make_grid(found[:, : problem.units], problem.group_size, zero)
+    return better(problem, levels, new, grid)
+
+
+def _least_squares(problem: Problem, levels: Tensor, w: Tensor, before: Tensor) -> Tensor:
+    """Scales, then zeros if `before` has any, of some rows: [B, R, unknowns]."""
+    units, unknowns = problem.units, before.shape[2]
+    designs = [levels, *([torch.ones_like(levels)] if unknowns > units else [])]
+    a = before.new_zeros(*before.shape, unknowns, dtype=torch.float64)
+    y = torch.zeros_like(before, dtype=torch.float64)
+    for u in range(units):
+        columns = problem.unit == u
+        for i, design in enumerate(designs):
+            through = design[:, :, columns] @ problem.hessian[:, columns]  # [B, R, K]
+            row = i * units + u
+            y[:, :, row] = (through * w).sum(-1)
+            for j, other in enumerate(designs):
+                sums = through.new_zeros(*before.shape[:2], units)
+                sums.index_add_(2, problem.unit, through * other)
+                a[:, :, row, j * units : (j + 1) * units] = sums
     # What the data do not determine stays near what it was.
     ridge = 1e-6 * a.diagonal(dim1=2, dim2=3).mean(-1, keepdim=True) + _FLT_MIN
-    a = a + torch.diag_embed(ridge.expand_as(before))
-    found = torch.linalg.solve(a, y + ridge * before).float().flatten(0, 1)
-    good = found.isfinite().all(dim=1, keepdim=True)
-    found = torch.where(good, found, before.float().flatten(0, 1))
-    scale, zero = found[:, : problem.units], None
-    if grid.group_zero is not None:
-        zero = found[:, problem.units :]
-    return better(problem, levels, make_grid(scale, problem.group_size, zero), grid)
+    a = a + torch.diag_embed(ridge.expand_as(y))
+    found = torch.linalg.solve(a, y + ridge * before).float()
+    return torch.where(found.isfinite().all(dim=-1, keepdim=True), found, before)
 
 
 def better(problem: Problem, levels: Tensor, new: Grid, old: Grid) -> Grid:
@@ -213,12 +231,6 @@ def grid_loss(problem: Problem, levels: Tensor, grid: Grid) -> Tensor:
     """`Problem.loss` of levels [B, R, K] on a grid: [N]."""
     zero = None if grid.zero is None else problem.spread(grid.zero)
     return problem.loss(values_of(levels, problem.spread(grid.scale), zero))
-
-
-def _by_unit(problem: Problem, x: Tensor) -> Tensor:
-    """x [B, R, K] as one row for each unit [B, R, units, K], zero outside the unit."""
-    units = torch.arange(problem.units)[:, None]
-    return x[:, :, None] * (problem.unit == units)
 
 
 def padded_units(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,9 @@ from lowbit import quantizers
 from lowbit.baselines import eval_mode, run
 from lowbit.nn.linear import Linear
 from lowbit.plan import Job
+from lowbit.quality import floating_tensors
 from lowbit.quantizers import dequantize_weight, quantize_weight
+from lowbit.rounding.blocks import Call, Sample, find_blocks, learn
 from lowbit.rounding.moments import Moments, float_matrix, rounded_input, rows_of, takes_moments
 from lowbit.schemes import Scheme
 
@@ -54,6 +56,7 @@ def round_layers(
     convert: Convert,
     forward: Forward = run,
     correct_bias: bool = False,
+    block_steps: int = 0,
 ) -> dict[int, nn.Module]:
     """The lowbit layers of a plan's jobs, by the ids of the float layers.
 
@@ -68,15 +71,17 @@ def round_layers(
         correct_bias: whether biases make up for what rounding does to the means of the outputs:
             Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction",
             2019, section 4.2, by the calibration data (appendix D).
+        block_steps: how many steps each block of layers learns, see `lowbit.rounding.blocks`.
 
     Raises:
         ValueError: there are no data, or a layer gets NaN or Inf from them.
     """
     layers: dict[int, nn.Module] = {}
-    with eval_mode([model]), torch.no_grad(), _no_fused_paths(), _Overlay() as overlay:
+    with eval_mode([model]), torch.no_grad(), no_fused_paths(), _Overlay() as overlay:
         runner = _Runner(model, data, forward, overlay)
         calls = runner.watch(jobs)
         never = _Calls(-1)
+        blocks = _Blocks(model, jobs, calls, runner, block_steps)
         left = sorted(jobs, key=lambda job: calls.get(id(job.module), never).order)
         with tqdm(total=len(left), desc="round", unit="layer", disable=None, leave=False) as bar:
             while left:
@@ -94,6 +99,7 @@ def round_layers(
                 ):
                     layers[id(job.module)] = layer
                     overlay.add(job, layer)
+                    blocks.add(job, layer)
                 bar.update(count)
     return layers
 
@@ -186,6 +192,50 @@ def _key(layer: Any) -> Any:
     return layer.scheme.activation if isinstance(layer, Linear) else id(layer)
 
 
+class _Blocks:
+    """Has each block learn when the last of its layers has been rounded."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        jobs: Sequence[Job],
+        calls: dict[int, _Calls],
+        runner: _Runner,
+        steps: int,
+    ) -> None:
+        self._runner, self._steps = runner, steps
+        self._block_of: dict[int, nn.Module] = {}
+        self._left: dict[int, set[int]] = {}
+        self._layers: dict[int, dict[int, Any]] = {}
+        self._jobs: dict[int, list[Job]] = {}
+        for block in find_blocks(model) if steps else []:
+            inside = {id(module) for module in block.modules()} - {id(block)}
+            own = {id(job.module) for job in jobs} & inside & calls.keys()
+            self._left[id(block)] = own
+            self._block_of |= dict.fromkeys(own, block)
+
+    def add(self, job: Job, layer: nn.Module) -> None:
+        """A layer has been rounded."""
+        block = self._block_of.get(id(job.module))
+        if block is None:
+            return
+        if takes_moments(layer):
+            self._layers.setdefault(id(block), {})[id(job.module)] = layer
+            self._jobs.setdefault(id(block), []).append(job)
+        left = self._left[id(block)]
+        left.discard(id(job.module))
+        layers = self._layers.get(id(block), {})
+        if left or not layers:
+            return
+        samples = self._runner.samples(block)
+        if not samples:
+            return
+        before, after = learn(block, layers, samples, self._runner.replaced, self._steps)
+        note = f"learned with its block: error {100 * before:.3g} % to {100 * after:.3g} %"
+        for other in self._jobs[id(block)]:
+            other.notes.append(note)
+
+
 class _Overlay:
     """Makes float layers compute what their lowbit layers do, while it is on."""
 
@@ -210,6 +260,17 @@ class _Overlay:
         for module, forward in self._forwards.values():
             vars(module)["forward"] = forward
 
+    @contextlib.contextmanager
+    def replaced(self, functions: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+        """On, with other functions for some of the layers."""
+        self.on()
+        try:
+            for key, function in functions.items():
+                vars(self._forwards[key][0])["forward"] = function
+            yield
+        finally:
+            self.off()
+
     def off(self) -> None:
         for module, _ in self._forwards.values():
             vars(module).pop("forward", None)
@@ -230,6 +291,7 @@ class _Runner:
         overlay: _Overlay,
     ) -> None:
         self._model, self._data, self._forward, self._overlay = model, data, forward, overlay
+        self.replaced = overlay.replaced
 
     def batches(self) -> Iterator[tuple[int, Any]]:
         """The number of each batch, and the batch."""
@@ -296,13 +358,58 @@ class _Runner:
         return found
 
 
+    def samples(self, block: nn.Module) -> list[Sample]:
+        """What a block gets in the quantized model and returns in the float one, batch by batch.
+
+        None for a block that is not called exactly once.
+        """
+        found = []
+        for _, batch in self.batches():
+            calls: list[Call] = []
+            outputs: list[Tensor] = []
+
+            def before(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                calls: list[Call] = calls,
+            ) -> None:
+                calls.append((tuple(map(_kept, args)), dict(kwargs)))
+
+            def behind(
+                module: nn.Module, args: Any, output: Any, outputs: list[Tensor] = outputs
+            ) -> None:
+                outputs.append(floating_tensors(output)[0].detach().clone())
+
+            with self._hooked(block.register_forward_hook(behind)):
+                self._forward(self._model, batch)
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            with self._hooked(handle), self._overlay.replaced({}):
+                self._forward(self._model, batch)
+            if len(calls) != 1 or len(outputs) != 1:
+                return []
+            found.append(Sample(calls[0], outputs[0]))
+        return found
+
+    @contextlib.contextmanager
+    def _hooked(self, handle: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _kept(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 
 @contextlib.contextmanager
-def _no_fused_paths() -> Iterator[None]:
+def no_fused_paths() -> Iterator[None]:
     """Transformer encoders call their layers, instead of handing their weights to one function."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
