@@ -1,4 +1,4 @@
-"""The command `lowbit`: demo, info, compare, convert, bench.
+"""The command `lowbit`: demo, info, compare, sensitivity, search, convert, bench.
 
 Results go to standard output (as text, or with `--json` as one JSON document); progress and errors
 go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage. Whatever is heavy is imported by
@@ -127,8 +127,9 @@ def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
 
 def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.compare import compare
+    from lowbit.mixed.command import task_of
 
-    schemes = _schemes(arguments.schemes)
+    schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
     _check_writable(arguments.plot)
     on_inputs = str(arguments.calibration) == "inputs"
     calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
@@ -146,6 +147,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
         inputs,
         budget_seconds=arguments.seconds,
         torch_int8=not arguments.no_torch_int8,
+        task=task,
         progress=progress,
         calibration=calibration,
     )
@@ -163,10 +165,18 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.report import summary
     from lowbit.serialize import save_file
 
-    scheme, *more = _schemes(arguments.scheme)
-    if more:
-        raise UsageError("--scheme takes one scheme; --override gives a layer another one")
+    scheme: str | None = None
+    if arguments.scheme is not None or arguments.schemes is None:
+        scheme, *more = _schemes(arguments.scheme or "w8a8")
+        if more:
+            raise UsageError("--scheme takes one scheme; --override gives a layer another one")
     overrides = dict(map(_override, arguments.override))
+    if arguments.schemes is not None:
+        overrides |= {
+            name: chosen
+            for name, chosen in _read_schemes(arguments.schemes).items()
+            if name not in overrides
+        }
     _check_writable(arguments.output)
     given = [recipe for recipe in (scheme, *overrides.values()) if recipe is not None]
     calibration = _calibration(arguments.calibration, given)
@@ -200,6 +210,21 @@ def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
     return None if path is None else read_inputs(path, "--calibration")[0]
 
 
+def _sensitivity(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.resume)
+    return Output(*command.sensitivity(arguments, progress))
+
+
+def _search(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.output)
+    _check_writable(arguments.resume)
+    return Output(*command.search(arguments, progress))
+
+
 def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.benchmark.command import options
     from lowbit.benchmark.run import run
@@ -230,6 +255,15 @@ def _schemes(text: str) -> list[str]:
     if not names:
         raise UsageError("no scheme given: use e.g. w8a8 or w4a8-g128")
     return names
+
+
+def _read_schemes(path: Path) -> dict[str, str | None]:
+    from lowbit.mixed.found import read_schemes
+
+    try:
+        return read_schemes(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--schemes: {error}") from error
 
 
 def _override(text: str) -> tuple[str, str | None]:
@@ -302,6 +336,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         return made
 
+    from lowbit.mixed.command import add_search, add_sensitivity, add_task
+
     demo = command("demo", _demo, "Show every width on a real network and real photographs.")
     _add_plot(demo)
     _add_seconds(demo, 12.0)
@@ -309,18 +345,27 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "Compare a model's widths: speed, size and quality.")
     compare.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     compare.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
-    inputs = compare.add_mutually_exclusive_group()
-    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
-    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
-    compare.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+    _add_inputs(compare)
     _add_calibration(compare, "; 'inputs' takes the inputs themselves")
+    add_task(compare)
     compare.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
     _add_plot(compare)
     _add_seconds(compare, 10.0)
+    for name, run, add, text in (
+        ("sensitivity", _sensitivity, add_sensitivity, "Measure what each layer loses, and takes."),
+        ("search", _search, add_search, "Choose a scheme for each layer, within a budget."),
+    ):
+        made = command(name, run, text)
+        made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        _add_inputs(made)
+        add(made)
     convert = command("convert", _convert, "Convert a model and write it to a file.")
     convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    convert.add_argument("--scheme", default="w8a8", help="recipe (default: %(default)s)")
+    convert.add_argument("--scheme", help="recipe (default: w8a8; with --schemes: float)")
+    convert.add_argument(
+        "--schemes", type=Path, metavar="FILE.json", help="each layer's, as `lowbit search` wrote"
+    )
     convert.add_argument(
         "--override",
         action="append",
@@ -358,6 +403,13 @@ def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="FILE",
         help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
     )
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
+    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,7 @@ def compare(
     threads: int | None = None,
     budget_seconds: float = 10.0,
     torch_int8: bool = True,
-    task: str | None = None,
+    task: object = None,
     progress: Progress | None = None,
     calibration: Data | str | None = None,
 ) -> Comparison:
@@ -64,7 +64,9 @@ def compare(
         budget_seconds: wall time of the timing rounds of all sides together. Converting, saving,
             the first calls and the quality come on top.
         torch_int8: whether to include torch's INT8.
-        task: "classification", "other", or None to tell by the output: see `QualityMeter`.
+        task: "classification", "detection", "generation", "embeddings", "language", "other", a
+            function of the float model's output and the candidate's (and the batch), or None to
+            tell by the output: see `lowbit.tasks`.
         progress: called with the stage and the share of it that is done.
         calibration: batches for the schemes among the candidates that learn from data, see
             `lowbit.calibration.batches`, and for torch's static INT8, so that both learn from the
@@ -256,7 +258,7 @@ def _call(name: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
 def _qualities(
     sides: Mapping[str, nn.Module],
     batches: Iterable[Any],
-    task: str | None,
+    task: object,
     notes: Mapping[str, list[str]],
     report: Progress,
 ) -> tuple[dict[str, Quality], int]:
@@ -274,7 +276,7 @@ def _qualities(
             if name not in meters:
                 continue
             try:
-                meters[name].update(expected, baselines.run(side, batch))
+                meters[name].update(expected, baselines.run(side, batch), batch)
             except Exception as error:
                 if name != TORCH_INT8:
                     raise RuntimeError(f"{name!r} failed on batch {count}: {error}") from error

@@ -81,7 +81,9 @@ def smooth(
         wanted = _outputs(result, first, forward)
         for norm in norms:
             weights = [norm.module, *norm.linears.values()]
-            kept = [{k: p.clone() for k, p in m._parameters.items() if p is not None} for m in weights]
+            kept = [
+                {k: p.clone() for k, p in m._parameters.items() if p is not None} for m in weights
+            ]
             _scale(norm, alpha)
             if _same(wanted, _outputs(result, first, forward)):
                 smoothed += 1
@@ -115,7 +117,9 @@ def _watch(
     def behind(module: nn.Module, args: Any, output: Tensor) -> None:
         norm = norms[id(module)]
         if not output.isfinite().all():
-            raise ValueError(f"a {type(module).__name__} returns NaN or Inf on the calibration data")
+            raise ValueError(
+                f"a {type(module).__name__} returns NaN or Inf on the calibration data"
+            )
         largest = output.abs().flatten(0, -2).amax(dim=0).float()
         norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
         made[id(output)] = output, norm

@@ -42,9 +42,7 @@ def load() -> nn.Module:
 def calibration() -> list[Tensor]:
     """Batches float32 [8, 3, 224, 224], channels_last."""
     random = torch.Generator().manual_seed(0)
-    x = torch.cat(
-        [_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in CALIBRATION]
-    )
+    x = torch.cat([_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in CALIBRATION])
     return _batches(x[torch.randperm(len(x), generator=random)])
 
 
