@@ -1,4 +1,4 @@
-"""The command `lowbit`: demo, info, compare, report, convert, bench.
+"""The command `lowbit`: demo, info, compare, report, sensitivity, search, convert, bench.
 
 Results go to standard output (as text, or with `--json` as one JSON document); progress and errors
 go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage. Whatever is heavy is imported by
@@ -137,11 +137,14 @@ def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
 
 def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.compare import compare
+    from lowbit.mixed.command import task_of
 
-    schemes = _schemes(arguments.schemes)
+    schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
     _check_writable(arguments.plot)
     _check_page(arguments.html)
     labels = None if arguments.labels is None else read_labels(arguments.labels)
+    on_inputs = str(arguments.calibration) == "inputs"
+    calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
     factory = find(arguments.model)
     model = build(factory, arguments.model)
     if arguments.inputs is not None:
@@ -158,12 +161,18 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
         torch_int8=not arguments.no_torch_int8,
         details=arguments.html is not None,
         labels=labels,
+        task=task,
         progress=progress,
+        calibration=calibration,
     )
     if arguments.plot is not None:
         comparison.plot(arguments.plot)
+    data = json.loads(comparison.to_json()) | {"inputs": described}
+    if arguments.calibration is not None:
+        data["calibration"] = str(arguments.calibration)
+        described += f"; calibrated on {'these' if on_inputs else arguments.calibration}"
     page = _write_page(comparison, arguments, described)
-    data = json.loads(comparison.to_json()) | {"inputs": described} | page.data
+    data |= page.data
     return Output(f"inputs: {described}\n\n{comparison}{page.text}", data)
 
 
@@ -172,16 +181,26 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.report import summary
     from lowbit.serialize import save_file
 
-    scheme, *more = _schemes(arguments.scheme)
-    if more:
-        raise UsageError("--scheme takes one scheme; --override gives a layer another one")
+    scheme: str | None = None
+    if arguments.scheme is not None or arguments.schemes is None:
+        scheme, *more = _schemes(arguments.scheme or "w8a8")
+        if more:
+            raise UsageError("--scheme takes one scheme; --override gives a layer another one")
     overrides = dict(map(_override, arguments.override))
+    if arguments.schemes is not None:
+        overrides |= {
+            name: chosen
+            for name, chosen in _read_schemes(arguments.schemes).items()
+            if name not in overrides
+        }
     _check_writable(arguments.output)
+    given = [recipe for recipe in (scheme, *overrides.values()) if recipe is not None]
+    calibration = _calibration(arguments.calibration, given)
     model = build(find(arguments.model), arguments.model)
     progress("converting")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no layer was converted")  # an error here
-        quantized = quantize(model, scheme, overrides=overrides)
+        quantized = quantize(model, scheme, overrides=overrides, calibration=calibration)
     report = summary(quantized)
     if not report.converted:
         reasons = [f"{row.name}: {row.note}" for row in report.kept[:3] if row.note]
@@ -195,6 +214,31 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     )
     data = report.to_dict() | {"file": str(arguments.output), "file_bytes": size}
     return Output(f"{report}\n\n{closing}", data)
+
+
+def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
+    """The batches of a file, where these schemes ask for some; None where they do not."""
+    from lowbit.schemes import Scheme
+
+    learning = [name for name in schemes if Scheme.parse(name).learns]
+    if path is None and learning:
+        raise UsageError(f"{learning[0]} learns from example data: give --calibration FILE")
+    return None if path is None else read_inputs(path, "--calibration")[0]
+
+
+def _sensitivity(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.resume)
+    return Output(*command.sensitivity(arguments, progress))
+
+
+def _search(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.output)
+    _check_writable(arguments.resume)
+    return Output(*command.search(arguments, progress))
 
 
 def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -227,6 +271,15 @@ def _schemes(text: str) -> list[str]:
     if not names:
         raise UsageError("no scheme given: use e.g. w8a8 or w4a8-g128")
     return names
+
+
+def _read_schemes(path: Path) -> dict[str, str | None]:
+    from lowbit.mixed.found import read_schemes
+
+    try:
+        return read_schemes(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--schemes: {error}") from error
 
 
 def _override(text: str) -> tuple[str, str | None]:
@@ -318,6 +371,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         return made
 
+    from lowbit.mixed.command import add_search, add_sensitivity
+
     demo = command("demo", _demo, "Show every width on a real network and real photographs.")
     _add_plot(demo)
     _add_html(demo, "--html", None)
@@ -331,10 +386,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_comparison(report)
     _add_html(report, "-o", Path("report.html"))
+    for name, run, add, text in (
+        ("sensitivity", _sensitivity, add_sensitivity, "Measure what each layer loses, and takes."),
+        ("search", _search, add_search, "Choose a scheme for each layer, within a budget."),
+    ):
+        made = command(name, run, text)
+        made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        _add_inputs(made)
+        add(made)
     convert = command("convert", _convert, "Convert a model and write it to a file.")
     convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    convert.add_argument("--scheme", default="w8a8", help="recipe (default: %(default)s)")
+    convert.add_argument("--scheme", help="recipe (default: w8a8; with --schemes: float)")
+    convert.add_argument(
+        "--schemes", type=Path, metavar="FILE.json", help="each layer's, as `lowbit search` wrote"
+    )
     convert.add_argument(
         "--override",
         action="append",
@@ -342,6 +408,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=RECIPE",
         help="another recipe, or 'float', for a layer: its name, or re: and a regular expression",
     )
+    _add_calibration(convert)
     bench = command("bench", _bench, "Time one layer in every width against other engines.")
     from lowbit.benchmark.command import add_arguments
 
@@ -365,12 +432,13 @@ class _Version(argparse.Action):
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    from lowbit.mixed.command import add_task
+
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
-    inputs = parser.add_mutually_exclusive_group()
-    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
-    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
-    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+    _add_inputs(parser)
+    _add_calibration(parser, "; 'inputs' takes the inputs themselves")
+    add_task(parser)
     parser.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="names of the classes, one a line, for the page"
@@ -383,6 +451,22 @@ def _add_html(parser: argparse.ArgumentParser, flag: str, default: Path | None) 
     text = "write one HTML page" + ("" if default is None else " (default: %(default)s)")
     flags = (flag, "--output") if flag == "-o" else (flag,)
     parser.add_argument(*flags, type=Path, metavar="FILE", dest="html", default=default, help=text)
+
+
+def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
+    )
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
+    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from lowbit.quality import Quality
+from lowbit.tasks.metric import METRICS, Metric, metric_of
 from lowbit.timing import Ratio, Timing
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """`to_dict` as indented, strict JSON: NaN and infinities as "nan", "inf" and "-inf"."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path) -> None:
         """Draws speed-up against SQNR into a file (PNG, SVG or PDF by its suffix)."""
@@ -139,13 +140,13 @@ class Comparison:
         return _render(self)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Non-finite floats as the strings that `float()` takes."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 Column = tuple[str, Callable[[Row], str]]
@@ -165,11 +166,16 @@ def _time_column(header: str, of: Callable[[Timing], float]) -> Column:
     return header, lambda row: "-" if row.timing is None else f"{of(row.timing) * 1e3:.3f}"
 
 
-def _quality_column(header: str, field: str, spec: str, factor: float = 1.0) -> Column:
-    def cell(row: Row) -> str:
-        return _text(None if row.quality is None else getattr(row.quality, field), spec, factor)
+def quality_columns(result: Comparison) -> list[Column]:
+    """The figures that a row has, in the order of `METRICS`, then those of a function."""
+    found = {row.name: {} if row.quality is None else row.quality.figures() for row in result.rows}
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    order = [*(name for name in METRICS if name in names), *names]
 
-    return header, cell
+    def column(metric: Metric) -> Column:
+        return metric.header, lambda row: metric.text(found[row.name].get(metric.name))
+
+    return [column(metric_of(name)) for name in dict.fromkeys(order)]
 
 
 SPEED: list[Column] = [
@@ -187,21 +193,12 @@ SIZE: list[Column] = [
     ("file\nMB", lambda row: _text(row.file_bytes, ".3f", 1e-6)),
     ("call\nMB", lambda row: _text(row.memory_growth_bytes, ".1f", 1e-6)),
 ]
-QUALITY: list[Column] = [
-    _quality_column("SQNR\ndB", "sqnr_db", ".1f"),
-    _quality_column("cosine", "cosine", ".5f"),
-    _quality_column("max abs\nerror", "max_abs_error", ".3g"),
-    _quality_column("top-1\n%", "top1_agreement", ".1f", 100),
-    _quality_column("top-5\n%", "top5_agreement", ".1f", 100),
-    _quality_column("KL\nnats", "kl_divergence", ".2g"),
-    _quality_column("prob.\nshift", "probability_shift", ".2g"),
-]
 
 
 def _render(result: Comparison) -> str:
     """Tables of at most 120 columns: all in one if it fits, else speed and size, then quality."""
     tables: list[list[Column]] = []
-    for group in (SPEED, SIZE, measured_quality(result)):
+    for group in (SPEED, SIZE, quality_columns(result)):
         if tables and _width(_table(result, [*tables[-1], *group])) <= _WIDTH:
             tables[-1] = [*tables[-1], *group]
         else:
@@ -209,11 +206,6 @@ def _render(result: Comparison) -> str:
     return "\n\n".join(
         [result.title, *(_table(result, columns) for columns in tables), "\n".join(notes(result))]
     )
-
-
-def measured_quality(result: Comparison) -> list[Column]:
-    """The columns of quality that have a figure in any row."""
-    return [c for c in QUALITY if any(c[1](row) != "-" for row in result.rows)]
 
 
 def notes(result: Comparison) -> list[str]:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +17,17 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
+from lowbit.baselines import run
+from lowbit.calibration.data import Data, batches, repeatable
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
+from lowbit.quantizers import needs_data
 from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summary
+from lowbit.rounding.sequential import round_layers
 from lowbit.rules import register_converter
+
+ForwardFn = Callable[[nn.Module, Any], Any]
 
 __all__ = ["quantize", "quantize_", "register_converter"]
 
@@ -39,6 +47,11 @@ def quantize(
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
     fuse: bool = True,
+    calibration: Data | None = None,
+    forward_fn: ForwardFn | None = None,
+    steps: int | None = None,
+    correct_bias: bool = False,
+    block_steps: int = 0,
 ) -> nn.Module:
     """A quantized copy of a model; `lowbit.summary` gives its account.
 
@@ -58,15 +71,51 @@ def quantize(
             `nn.ReLU`, `nn.ReLU6` or `nn.Hardswish` that torch.fx shows to take nothing but the
             outputs of converted layers, which go nowhere else, is computed by these layers (their
             attribute `epilogue`), with the same bits; an `nn.Identity` takes its place.
+        calibration: batches of example inputs for the schemes that learn from data, see
+            `lowbit.calibration.batches`.
+        forward_fn: `forward_fn(model, batch)` runs the model on a batch, where neither
+            `model(batch)`, `model(*batch)` nor `model(**batch)` does.
+        steps: the most batches to take of `calibration`.
+        correct_bias: whether biases make up for what rounding does to the mean of each output
+            channel over `calibration`.
+        block_steps: for how many steps each block of layers (an element of an `nn.ModuleList` or
+            `nn.Sequential`) learns its codes, scales and biases together, so that its outputs on
+            `calibration` come near those of the float block. 0 for none; 200 take minutes.
 
     Returns:
         The copy. Where `model` is itself a layer, the lowbit layer.
 
     Raises:
         ValueError: a scheme is not valid, an override matches no layer, or a layer cannot be
-            converted (NaN in its weight): the message names it.
+            converted (NaN in its weight): the message names it. Calibration data that no scheme
+            asks for, or that holds no batch.
     """
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
+    learning = _learning(plan, calibration, forward_fn, steps, correct_bias, block_steps)
+    if learning is None or not learning.static:
+        if learning is not None:
+            learning.round(model, plan)
+        return converted_copy(model, plan)
+    from lowbit.calibration import deploy
+    from lowbit.calibration.prepare import add_note, prepare
+
+    prepared = prepare(
+        model,
+        scheme,
+        learning.example(),
+        overrides=overrides,
+        filter_fn=filter_fn,
+        fuse=fuse,
+        graph=not learning.rounds,
+    )
+    if learning.rounds:
+        add_note(prepared, "runs layer by layer: its weights learn from the data, too")
+    learning.calibrate(prepared)
+    return deploy.calibrated_copy(prepared, learning.round)
+
+
+def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """What `quantize` returns, of a plan for this model."""
     # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
     memo: dict[int, Any] = {}
     done: dict[int, nn.Module] = {}
@@ -104,6 +153,11 @@ def quantize_(
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
     fuse: bool = True,
+    calibration: Data | None = None,
+    forward_fn: ForwardFn | None = None,
+    steps: int | None = None,
+    correct_bias: bool = False,
+    block_steps: int = 0,
 ) -> Report:
     """Quantize the layers of a model in place, one after the other, and return the account.
 
@@ -112,7 +166,8 @@ def quantize_(
 
     Args:
         model: as for `quantize`; changed.
-        scheme, overrides, filter_fn, fuse: as for `quantize`.
+        scheme, overrides, filter_fn, fuse, calibration, forward_fn, steps, correct_bias,
+            block_steps: as for `quantize`.
 
     Returns:
         The report: print it for a table. `lowbit.summary(model)` gives it again.
@@ -127,6 +182,30 @@ def quantize_(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
+    learning = _learning(plan, calibration, forward_fn, steps, correct_bias, block_steps)
+    if learning is None or not learning.static:
+        if learning is not None:
+            learning.round(model, plan)
+        convert_in_place(model, plan)
+        return summary(model)
+    from lowbit.calibration import deploy
+    from lowbit.calibration.prepare import add_note, prepare_in_place
+    from lowbit.calibration.prepared import detach
+
+    plan = make_plan(model, scheme, overrides, filter_fn, fuse, epilogues=False)
+    prepare_in_place(model, plan, fuse)
+    add_note(model, "runs layer by layer: it was converted in place")
+    try:
+        learning.calibrate(model)
+    except BaseException:
+        detach(model)
+        raise
+    deploy.convert_calibrated(model, learning.round)
+    return summary(model)
+
+
+def convert_in_place(model: nn.Module, plan: Plan) -> None:
+    """What `quantize_` does to the model, of a plan for it."""
     done: dict[int, nn.Module] = {}
     identities: dict[int, nn.Module] = {}
     slots = child_slots(model)
@@ -156,7 +235,6 @@ def quantize_(
         set_entry(identities.get(id(module), module), entry)
     run_converted_encoder_layers(model)
     _warn_if_nothing_converted(model)
-    return summary(model)
 
 
 def child_slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -227,7 +305,7 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     """The lowbit layer of a job, or the float layer itself where a converter returned that."""
     try:
         with torch.no_grad():
-            layer = job.converter(job.source(), job.scheme)
+            layer = job.layer or job.converter(job.source(), job.scheme)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"layer '{job.name}' ({job.scheme.name}): {error}") from error
     if not isinstance(layer, nn.Module):
@@ -238,9 +316,24 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     if layer is not job.module:
         layer.train(job.module.training)
         name_layer(layer, job.name)
+        if job.activation is not None:
+            _set_activation(layer, job)
         if job.tied_weight is not None:
             _share_equal_buffers(layer, done.setdefault(job.tied_weight, layer))
     return layer
+
+
+def _set_activation(layer: nn.Module, job: Job) -> None:
+    """Gives a layer the scale and zero point of its input, which its job knows."""
+    assert job.activation is not None
+    set_activation: Any = getattr(layer, "set_activation", None)
+    if set_activation is None:
+        raise ValueError(
+            f"layer '{job.name}': the converter of {job.kind} returned a {type(layer).__name__}, "
+            "not a layer of lowbit.nn, whose input was calibrated; give it a dynamic scheme by an "
+            "override"
+        )
+    set_activation(job.activation.scale, job.activation.zero)
 
 
 def _share_equal_buffers(layer: nn.Module, first: nn.Module) -> None:
@@ -283,8 +376,97 @@ def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
             vars(layer)[name] = value
 
 
+@dataclass
+class _Learning:
+    """Calibration data, and what learns from it.
+
+    Attributes:
+        data: what `batches` takes; read once, and again where weights learn, too.
+        static: whether activations have scales to learn.
+        rounds: whether weights, biases or blocks learn.
+    """
+
+    data: Data
+    forward_fn: ForwardFn | None
+    steps: int | None
+    correct_bias: bool
+    block_steps: int
+    static: bool
+    rounds: bool
+
+    def example(self) -> Any:
+        """The first batch, to capture a graph with; None where that is not done."""
+        if self.forward_fn is not None or self.rounds:
+            return None
+        source = batches(self.data, self.steps)
+        first = next(source)
+        self.data = itertools.chain([first], source)
+        return first
+
+    def calibrate(self, prepared: nn.Module) -> None:
+        from lowbit.calibration.run import calibrate
+
+        calibrate(prepared, self.data, self.forward_fn, self.steps)
+
+    def round(self, model: nn.Module, plan: Plan) -> None:
+        """Makes the layers that learn from data."""
+        if not self.rounds:
+            return
+        made: dict[int, nn.Module] = {}
+        layers = round_layers(
+            model,
+            plan.jobs,
+            repeatable(self.data, self.steps),
+            lambda job: _convert(job, made),
+            self.forward_fn or run,
+            self.correct_bias,
+            self.block_steps,
+        )
+        for job in plan.jobs:
+            job.layer = layers[id(job.module)]
+
+
+def _learning(
+    plan: Plan,
+    calibration: Data | None,
+    forward_fn: ForwardFn | None,
+    steps: int | None,
+    correct_bias: bool,
+    block_steps: int,
+) -> _Learning | None:
+    """What learns from the data; None without. Refuses data that nothing would use."""
+    learned = [job for job in plan.jobs if needs_data(job.scheme.quantizer or "")]
+    static = [job for job in plan.jobs if job.scheme.static]
+    if calibration is None:
+        if forward_fn is not None or steps is not None or correct_bias or block_steps:
+            raise ValueError(
+                "forward_fn, steps, correct_bias and block_steps belong to calibration data: pass "
+                "calibration="
+            )
+        for job in learned:
+            raise ValueError(
+                f"layer '{job.name}': quantizer {job.scheme.quantizer!r} needs calibration data: "
+                "lowbit.quantize(model, scheme, calibration=batches)"
+            )
+        for job in static:
+            raise ValueError(
+                f"layer '{job.name}': {job.scheme.name} has static activations, whose scales come "
+                "from calibration data: lowbit.quantize(model, scheme, calibration=batches)"
+            )
+        return None
+    rounds = bool(learned or correct_bias or block_steps)
+    if not (rounds or static):
+        names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
+        raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
+    if rounds and static and isinstance(calibration, Iterator):
+        calibration = list(batches(calibration, steps))
+    return _Learning(
+        calibration, forward_fn, steps, correct_bias, block_steps, bool(static), rounds
+    )
+
+
 def _warn_if_nothing_converted(model: nn.Module) -> None:
     if not any(is_converted(module) for module in model.modules()):
         warnings.warn(
-            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=3
+            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=4
         )

@@ -63,7 +63,7 @@ class Flow:
 
     def sees(self, module: nn.Module) -> bool:
         """Whether all that this module's forward calls is known."""
-        return id(module) not in self._opaque and not _is_leaf(module)
+        return id(module) not in self._opaque and not is_leaf(module)
 
     def input_of(self, norm: nn.Module) -> nn.Module:
         """The layer whose every output goes to this norm alone, and which alone feeds it.
@@ -103,6 +103,46 @@ class Flow:
             if not all(self._ends_in(node, activation, passed) for node in self._calls[id(layer)]):
                 raise NotFolded("the output of the layer before it is used elsewhere, too")
         return list(layers.values())
+
+    def path_to(
+        self, layer: nn.Module, passes: Callable[[nn.Module], bool]
+    ) -> tuple[nn.Module, list[nn.Module]]:
+        """The layer that alone feeds this one, and whose outputs go nowhere else.
+
+        Args:
+            layer: a layer that is called once.
+            passes: whether a module may lie between the two.
+
+        Returns:
+            The layer before, and the modules between, from there to here.
+
+        Raises:
+            NotFolded: there is none.
+        """
+        calls = self._calls.get(id(layer), [])
+        if len(calls) != 1:
+            raise NotFolded("it is not called exactly once")
+        between: list[nn.Module] = []
+        node = calls[0]
+        while True:
+            if len(node.all_input_nodes) != 1 or len(node.args) + len(node.kwargs) != 1:
+                raise NotFolded("it is called with more than one argument")
+            (before,) = node.all_input_nodes
+            if any(user is not node and not _is_metadata(user) for user in before.users):
+                raise NotFolded("its input is used elsewhere, too")
+            module = self._modules.get(before)
+            if module is None:
+                raise NotFolded(f"what comes before it is no layer ({_what(before)})")
+            if isinstance(module, FLOAT_CLASSES):
+                if len(self._calls[id(module)]) != 1:
+                    raise NotFolded("the layer before it is not called exactly once")
+                if {id(layer), id(module)} & self._read:
+                    raise NotFolded("tensors of one of the two are used directly")
+                return module, between[::-1]
+            if not passes(module):
+                raise NotFolded(f"{type(module).__name__} lies before it")
+            between.append(module)
+            node = before
 
     def _ends_in(self, node: fx.Node, activation: nn.Module, passed: set[int]) -> bool:
         """Whether nothing but the activation sees the values of a node."""
@@ -153,7 +193,7 @@ class _Search:
 
     def _collect(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         """Graphs that show the module from outside, and graphs of what is opaque in it."""
-        if _is_leaf(module):
+        if is_leaf(module):
             return [], []
         container = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # they have no forward
         own = [] if container else self._trace(module)
@@ -199,10 +239,10 @@ class _Tracer(fx.Tracer):
         self._opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or id(m) in self._opaque
+        return is_leaf(m) or id(m) in self._opaque
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (*FLOAT_CLASSES, _NormBase, LowbitLayer)):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

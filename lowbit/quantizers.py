@@ -8,7 +8,8 @@ A quantizer looks at each unit of weights that shares a scale (an output channel
     mean    binary: the mean of |w|, exactly the scale with the least squared error
 
 Everything is deterministic, works on a bounded number of rows at a time, and treats each unit by
-itself. `register` adds a quantizer under a new name.
+itself. `register` adds a quantizer under a new name; `lowbit.rounding` has those that look at more
+than the weights of a unit.
 """
 
 from __future__ import annotations
@@ -59,10 +60,15 @@ class QuantizedWeight:
 Quantizer = Callable[[Tensor, Format, "int | None", "Tensor | None"], QuantizedWeight]
 """quantizer(w float32 [N, K], format, group_size, valid bool [K] or None)."""
 
+DataQuantizer = Callable[[Tensor, Format, "int | None", "Tensor | None", Tensor], QuantizedWeight]
+"""The same with a fifth argument, the Hessian: float32 [G, K, K], the mean of x x^T over inputs x
+[K] of each of G blocks of N / G consecutive rows (a convolution's groups)."""
+
 # Scales [R, G] of units x [R, G, L], zero where mask [G, L] is 0.
 _ScaleRule = Callable[[Tensor, Tensor, Format], Tensor]
 
 _REGISTRY: dict[str, tuple[Quantizer, frozenset[str]]] = {}
+_WITH_DATA: dict[str, DataQuantizer] = {}
 
 
 def register(
@@ -77,8 +83,36 @@ def register(
     return add
 
 
+def register_with_data(
+    name: str, formats: Collection[str] = tuple(FORMATS)
+) -> Callable[[DataQuantizer], DataQuantizer]:
+    """Like `register`, for a quantizer that looks at the inputs of the layer."""
+
+    def refuse(
+        w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None
+    ) -> QuantizedWeight:
+        free = [known for known, (_, names) in _REGISTRY.items() if fmt.name in names]
+        free = [known for known in free if known not in _WITH_DATA]
+        raise ValueError(
+            f"quantizer {name!r} needs calibration data: lowbit.quantize(model, scheme, "
+            f"calibration=batches); without data there are {', '.join(free)}"
+        )
+
+    def add(quantizer: DataQuantizer) -> DataQuantizer:
+        _REGISTRY[name] = (refuse, frozenset(formats))
+        _WITH_DATA[name] = quantizer
+        return quantizer
+
+    return add
+
+
+def needs_data(name: str) -> bool:
+    """Whether the quantizer of this name looks at the inputs of the layer."""
+    return name in _WITH_DATA
+
+
 def find(name: str, weight_format: str) -> Quantizer:
-    """The quantizer of that name.
+    """The quantizer of that name. One that needs data raises ValueError when it is called.
 
     Raises:
         ValueError: there is none, or it does not serve this weight format.
@@ -91,7 +125,9 @@ def find(name: str, weight_format: str) -> Quantizer:
     return _REGISTRY[name][0]
 
 
-def quantize_weight(w: Tensor, scheme: Scheme, valid: Tensor | None = None) -> QuantizedWeight:
+def quantize_weight(
+    w: Tensor, scheme: Scheme, valid: Tensor | None = None, hessian: Tensor | None = None
+) -> QuantizedWeight:
     """Quantizes a weight matrix as a scheme says.
 
     Args:
@@ -99,9 +135,11 @@ def quantize_weight(w: Tensor, scheme: Scheme, valid: Tensor | None = None) -> Q
         scheme: names the weight format, the group size and the quantizer.
         valid: bool [K], False where a position is padding: it enters no statistics and gets code
             0. None if all are weights.
+        hessian: for a quantizer that needs data, see `DataQuantizer`; others ignore it.
 
     Raises:
-        ValueError: w is not a finite float32 matrix on the CPU, or `valid` does not fit it.
+        ValueError: w is not a finite float32 matrix on the CPU, `valid` or `hessian` does not fit
+            it, or the quantizer needs a Hessian and there is none.
     """
     if w.ndim != 2 or w.dtype != torch.float32 or w.device.type != "cpu":
         raise ValueError(
@@ -115,7 +153,18 @@ def quantize_weight(w: Tensor, scheme: Scheme, valid: Tensor | None = None) -> Q
         raise ValueError(f"{bad} of {w.numel()} weights are NaN or Inf; repair the checkpoint")
     assert scheme.quantizer is not None  # resolved by Scheme
     quantizer = find(scheme.quantizer, scheme.weight)
-    return quantizer(w.detach(), FORMATS[scheme.weight], scheme.group_size, valid)
+    fmt = FORMATS[scheme.weight]
+    if hessian is not None and needs_data(scheme.quantizer):
+        n, k = w.shape
+        if hessian.dim() != 3 or hessian.shape[1:] != (k, k) or n % max(1, len(hessian)):
+            raise ValueError(
+                f"a Hessian of weights [{n}, {k}] is [G, {k}, {k}], G a divisor of {n}, not "
+                f"{list(hessian.shape)}"
+            )
+        if not hessian.isfinite().all():
+            raise ValueError("the Hessian has NaN or Inf")
+        return _WITH_DATA[scheme.quantizer](w.detach(), fmt, scheme.group_size, valid, hessian)
+    return quantizer(w.detach(), fmt, scheme.group_size, valid)
 
 
 def dequantize_weight(q: QuantizedWeight) -> Tensor:

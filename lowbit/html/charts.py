@@ -228,7 +228,7 @@ def _place(row: Row) -> tuple[float, float] | None:
     if row.kind == "float" or row.speedup is None or row.quality is None:
         return None
     x, y = row.quality.sqnr_db, row.speedup.median
-    return (x, y) if math.isfinite(x) and math.isfinite(y) else None
+    return (x, y) if x is not None and math.isfinite(x) and math.isfinite(y) else None
 
 
 _Box = tuple[float, float, float, float]

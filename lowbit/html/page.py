@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowbit.comparison import SIZE, SPEED, Column, Comparison, Row, measured_quality, notes
+from lowbit.comparison import SIZE, SPEED, Column, Comparison, Row, notes, quality_columns
 from lowbit.html import charts
 from lowbit.html.charts import MINUS, TIMES
 from lowbit.html.packages import check_packages
 from lowbit.info import describe, version
+from lowbit.tasks.metric import metric_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from lowbit.html.details import Details
     from lowbit.layer_errors import LayerError
+    from lowbit.quality import Quality
 
 MOST_HISTOGRAMS = 400
 """Pairs of a layer and a candidate that have histograms: about 1.6 kB each."""
@@ -94,7 +96,7 @@ def _environment() -> Environment:
         "db": _db,
         "mb": _mb,
         "ms": lambda seconds: f"{seconds * 1e3:.3g}",
-        "percent": lambda share: f"{100 * share:.0f}{_JOINED}%",
+        "percent": _percent,
         "times": _times,
         "bar": _bar_length,
         "level": _level,
@@ -107,6 +109,7 @@ def _environment() -> Environment:
         "LATENCY_HEIGHT": charts.LATENCY_HEIGHT,
         "BAR_HEIGHT": charts.BAR_HEIGHT,
         "FULL_DB": FULL_DB,
+        "in_short": _in_short,
         "worst": _worst,
     }
     return environment
@@ -134,6 +137,25 @@ def _times(value: float) -> str:
     return f"{value:.2f}{TIMES}" if value < 10 else f"{value:.1f}{TIMES}"
 
 
+def _in_short(quality: Quality) -> list[tuple[str, str]]:
+    """The figures of a card: SQNR, and what says most of the task."""
+    figures = quality.figures()
+    named: dict[str, tuple[str, str]] = {}
+    if quality.sqnr_db is not None:
+        named["sqnr_db"] = "SQNR", f"{_db(quality.sqnr_db)} dB"
+    if quality.top1_agreement is not None:
+        named["top1_agreement"] = "same first guess", _percent(quality.top1_agreement)
+    for name in list(quality.metrics)[:2] or ([] if len(named) > 1 else ["cosine"]):
+        if name in figures and name not in named:
+            metric = metric_of(name)
+            named[name] = metric.title, metric.text(figures[name])
+    return list(named.values())
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}{_JOINED}%"
+
+
 def _breakable(name: str) -> Markup:
     """A name, escaped, that may be broken behind its dots and underscores."""
     from markupsafe import Markup, escape
@@ -158,12 +180,15 @@ def _level(value: float | None) -> str:
 def _worst(layers: Sequence[LayerError]) -> LayerError | None:
     """The layer with the least SQNR in the network."""
     measured = [layer for layer in layers if layer.network_db is not None]
-    return min(measured, key=_noise, default=None)
+    return min(measured, key=_clearness, default=None)
 
 
-def _noise(layer: LayerError) -> float:
-    value = layer.network_db
-    return -math.inf if value is None or math.isnan(value) else value
+def _clearness(layer: LayerError) -> float:
+    """SQNR in the network, or alone where a program runs the layers as one; NaN is the least."""
+    value = layer.alone_db if layer.network_db is None else layer.network_db
+    if value is None:
+        return math.inf
+    return -math.inf if math.isnan(value) else value
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
@@ -171,7 +196,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[tuple[Row
     groups: list[tuple[str, Sequence[Column]]] = [
         ("Speed: one call with the first batch", SPEED),
         ("Size and memory", SIZE),
-        ("Quality: the outputs against the float model's", measured_quality(comparison)),
+        ("Quality: the outputs against the float model's", quality_columns(comparison)),
     ]
     return [
         (
@@ -204,6 +229,8 @@ def _figures(details: Details) -> list[LayerFigures]:
                 by_name[layer.name][candidate] = layer
     room = max(1, MOST_HISTOGRAMS // max(1, len(details.layers)))
     if len(names) > room:
-        loudest = sorted(names, key=lambda name: min(map(_noise, by_name[name].values())))[:room]
+        loudest = sorted(names, key=lambda name: min(map(_clearness, by_name[name].values())))[
+            :room
+        ]
         names = [name for name in names if name in set(loudest)]
     return [LayerFigures(name, by_name[name]) for name in names]

@@ -206,6 +206,27 @@ def test_many_layers_are_bounded(comparison, monkeypatch):
     assert loudest.name in [words(h) for h in figures.iter("h3")]
 
 
+def test_layers_of_a_static_network_are_measured_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    found = compare(
+        model,
+        ["w8a8-static"],
+        torch.randn(4, 64),
+        calibration="inputs",
+        budget_seconds=0,
+        torch_int8=False,
+        details=True,
+    )
+    layers = found.details.layers["w8a8-static"]
+    assert [layer.network_db for layer in layers] == [None, None]
+    assert all(layer.alone_db > 25 and layer.weight_db > 30 for layer in layers)
+    table = next(section(parsed(page(found)), "layers").iter("tbody"))
+    assert words(table).count("\N{EN DASH}") == 2
+    overview = next(section(parsed(page(found)), "layers").iter(SVG))
+    assert "alone" in overview.get("aria-label")
+
+
 def test_names_break_behind_dots_and_underscores():
     broken = page_module._breakable("_blocks.0._project_conv<&")
     assert broken == "_blocks.<wbr>0.<wbr>_project_<wbr>conv&lt;&amp;"

@@ -1,0 +1,1 @@
+"""What each weight quantizer keeps of a network: the page `bench/QUALITY.md`."""

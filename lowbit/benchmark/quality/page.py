@@ -1,0 +1,105 @@
+"""The page of what each quantizer keeps: one table for each network, methods in order of effort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from lowbit.benchmark.quality.study import NETWORKS, Method, Network, QualityResult
+
+Results = Mapping[tuple[str, str], QualityResult]
+"""(network, method) -> result."""
+
+
+def results(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], QualityResult]:
+    """What the lines of a file of `lowbit.benchmark.runner` hold; other cases are passed over."""
+    return {
+        (line["case"]["quality"], line["case"]["method"]): QualityResult(**line["result"])
+        for line in lines
+        if "quality" in line["case"]
+    }
+
+
+def page(found: Results, command: str) -> str:
+    """The page in Markdown.
+
+    Args:
+        found: results; rows without one are left out.
+        command: what made it.
+    """
+    parts = ["# Quality of the weight quantizers", f"Written by `{command}`.", INTRODUCTION]
+    for name, network in NETWORKS.items():
+        rows = [(m, found[name, m.label]) for m in network.methods if (name, m.label) in found]
+        if rows:
+            parts += [f"## {network.title}", NOTES[name], table(network, rows)]
+            parts += [verdict(network, goal, rows) for goal in network.targets]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(network: Network, rows: Sequence[tuple[Method, QualityResult]]) -> str:
+    """A row for each method."""
+    cells = []
+    for method, result in rows:
+        target = network.targets.get(method.goal)
+        met = ""
+        if target is not None:
+            met = "yes" if network.meets(method.goal, result.score) else "no"
+        cells.append(
+            [
+                method.label,
+                "yes" if method.data else "",
+                _number(result.score),
+                "" if target is None else f"{target:g}",
+                met,
+                f"{result.size:,}",
+                f"{result.seconds:.0f}",
+            ]
+        )
+    headers = ["method", "data", network.unit, "target", "met", "bytes", "seconds"]
+    right = ("left", "left", "right", "right", "left", "right", "right")
+    return tabulate(cells, headers, "github", colalign=right, disable_numparse=True)
+
+
+def verdict(network: Network, goal: str, rows: Sequence[tuple[Method, QualityResult]]) -> str:
+    """The best method of a target, and by how much."""
+    own = [(m, r) for m, r in rows if m.goal == goal]
+    if not own:
+        return f"{goal}: not measured."
+    method, best = max(own, key=lambda row: network.better * row[1].score)
+    reached = "reached" if network.meets(goal, best.score) else "not reached"
+    return (
+        f"{goal}: target {network.targets[goal]:g} {reached}, {_number(best.score)} with "
+        f"{method.label}."
+    )
+
+
+def _number(score: float) -> str:
+    return f"{score:.4f}" if abs(score) <= 1 else f"{score:.1f}"
+
+
+INTRODUCTION = (
+    "`data`: whether the method sees calibration data, which are other images and texts than those "
+    "tested. `seconds`: what `lowbit.quantize` took, calibration included. `bytes`: all parameters "
+    "and buffers of the converted model. `mixed` is the mixture in `lowbit/benchmark/quality/study.py`."
+)
+
+NOTES = {
+    "efficientnet": (
+        "Calibration: 88 crops of eleven photographs and textures. Test: 240 crops of six other "
+        "photographs, sides of 0.7 to 1 of the shorter side, half of them mirrored. `adaround`'s "
+        "paper gives 68.7 % for W4 on MobileNetV2 (float32 71.7 %, ImageNet), "
+        "the nearest published figure for a network of this kind; agreement with float32 on photographs is "
+        "no ImageNet accuracy."
+    ),
+    "minilm": (
+        "Calibration: 1000 sentences of the docstrings of Python's library. Test: 500 of NumPy's. "
+        "The embedding is the mean over tokens. The token embeddings stay float32 and are most of "
+        "the bytes."
+    ),
+    "fashion": (
+        "Calibration: 1000 training images, without their labels. Test: 10,000. The first and the "
+        "last layer are w8a8, as in [QAT.md](QAT.md)."
+    ),
+}

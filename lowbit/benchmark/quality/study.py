@@ -1,0 +1,253 @@
+"""Which methods are measured on which network, and one measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.baselines import run
+from lowbit.benchmark.quality import clothes, photographs, sentences
+from lowbit.benchmark.runner import SavedCase
+from lowbit.convert import quantize
+from lowbit.quality import floating_tensors
+from lowbit.report import summary
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize a network.
+
+    Attributes:
+        scheme: of the layers that no override names; its name says the quantizer.
+        overrides: by name or pattern, as `lowbit.quantize` takes them.
+        options: other arguments of `lowbit.quantize`, `calibration` excepted.
+        data: whether the calibration data are given.
+        goal: the issue's target that this method stands for: its row's key in `Network.targets`.
+        text: what the row says beside the scheme.
+    """
+
+    scheme: str
+    data: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    goal: str = ""
+    text: str = ""
+
+    @property
+    def label(self) -> str:
+        """How rows and cases name it."""
+        return f"{self.scheme}{', ' if self.text else ''}{self.text}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, its data, and what is asked of it.
+
+    Attributes:
+        title: of its table.
+        data: a module with `load`, `calibration`, `tests` and `score`.
+        unit: of the score.
+        better: 1 where a higher score is better, -1 where a lower one is.
+        targets: goal -> score to reach.
+        methods: in the order of the table.
+        output: the tensor that is scored, of what the model returns.
+    """
+
+    title: str
+    data: ModuleType
+    unit: str
+    better: int
+    targets: Mapping[str, float]
+    methods: Sequence[Method]
+    output: Callable[[Any], Tensor]
+
+    def meets(self, goal: str, score: float) -> bool:
+        """Whether a score reaches a target."""
+        return self.better * score >= self.better * self.targets[goal]
+
+
+def _first(output: Any) -> Tensor:
+    return floating_tensors(output)[0]
+
+
+_MIXED = {
+    "re:_conv_stem|.*_depthwise_conv": "w8a8-gptq",
+    "_fc": "w2a8-g32-descent",
+}
+
+
+def _curve(
+    scheme: str, goal: str, methods: str, overrides: Mapping[str, str] | None = None
+) -> list[Method]:
+    """Rows of one scheme: "minmax mse hqq", and those of `methods` that see data."""
+    rows = []
+    for word in methods.split():
+        name, _, extra = word.partition("+")
+        quantizer = "" if name == "default" else f"-{name}"
+        data = name in ("gptq", "adaround", "descent")
+        options: dict[str, Any] = {}
+        texts = []
+        if "bias" in extra:
+            options, data = {**options, "correct_bias": True}, True
+            texts.append("bias correction")
+        if "blocks" in extra:
+            options, data = {**options, "block_steps": BLOCK_STEPS}, True
+            texts.append("blocks")
+        rows.append(
+            Method(
+                f"{scheme}{quantizer}", data, options, overrides or {}, goal, " and ".join(texts)
+            )
+        )
+    return rows
+
+
+BLOCK_STEPS = 150
+
+NETWORKS: Mapping[str, Network] = {
+    "efficientnet": Network(
+        "EfficientNet-Lite0, ImageNet weights",
+        photographs,
+        "top-1 agreement with float32, %",
+        1,
+        {"w8a8": 98.0, "w4a8": 85.0, "mixed": 93.0},
+        [
+            Method("w8a8", goal="w8a8"),
+            *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
+            *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
+            *_curve("w4a8-g32", "w4a8", "default gptq descent"),
+            Method("w4a8-descent", True, {}, _MIXED, "mixed", "mixed"),
+        ],
+        _first,
+    ),
+    "minilm": Network(
+        "MiniLM-L6 (all-MiniLM-L6-v2)",
+        sentences,
+        "mean cosine to float32",
+        1,
+        {"w4a8-g64": 0.985, "w2a8-g32": 0.90},
+        [
+            Method("w8a8"),
+            Method("w4a8"),
+            *_curve("w4a8-g64", "w4a8-g64", "minmax default hqq gptq adaround descent"),
+            *_curve("w4a8-g64", "w4a8-g64", "descent+blocks"),
+            *_curve("w2a8-g32", "w2a8-g32", "minmax default hqq gptq adaround descent"),
+            *_curve("w2a8-g32", "w2a8-g32", "descent+blocks"),
+        ],
+        sentences.embedding,
+    ),
+    "fashion": Network(
+        "Fashion-MNIST, a convolution network of 66,000 weights",
+        clothes,
+        "points of accuracy lost",
+        -1,
+        {"w4a8": 0.3, "w2a8": 2.0},
+        [
+            Method("w8a8"),
+            *_curve("w4a8", "w4a8", "minmax default gptq descent", clothes.OVERRIDES),
+            *_curve(
+                "w2a8",
+                "w2a8",
+                "minmax default hqq gptq adaround descent descent+bias descent+blocks",
+                clothes.OVERRIDES,
+            ),
+        ],
+        _first,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class QualityCase(SavedCase):
+    """One method on one network.
+
+    Attributes:
+        quality: a name in `NETWORKS`.
+        method: the label of one of its methods.
+    """
+
+    quality: str
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.quality} {self.method}"
+
+    @property
+    def chosen(self) -> Method:
+        """The method of that label."""
+        return next(m for m in NETWORKS[self.quality].methods if m.label == self.method)
+
+    @property
+    def cost(self) -> float:
+        """Roughly how many seconds it takes."""
+        method = self.chosen
+        return 15.0 + 60.0 * method.data + 120.0 * bool(method.options.get("block_steps"))
+
+    def beside(self, other: QualityCase) -> bool:
+        """Each has a process of its own."""
+        return self == other
+
+    def options(self, batch: Sequence[QualityCase]) -> dict[str, Any]:
+        """Its own fields."""
+        return {"quality": self.quality, "method": self.method}
+
+
+def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
+    """Every method on the networks named."""
+    return [QualityCase(name, m.label) for name in names for m in NETWORKS[name].methods]
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """What one case found.
+
+    Attributes:
+        score: in the network's unit.
+        size: bytes of all parameters and buffers.
+        float_size: the same of the float model.
+        seconds: what `lowbit.quantize` took.
+        threads: torch's.
+    """
+
+    score: float
+    size: int
+    float_size: int
+    seconds: float
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return dict(vars(self))
+
+
+def measure(case: QualityCase) -> QualityResult:
+    """Converts and scores.
+
+    Raises:
+        ModuleNotFoundError: a package of the network is not installed.
+        FileNotFoundError: Fashion-MNIST is not there; the message says how to get it.
+    """
+    network, method = NETWORKS[case.quality], case.chosen
+    model: nn.Module = network.data.load()
+    options: dict[str, Any] = dict(method.options)
+    if method.data:
+        options["calibration"] = network.data.calibration()
+    begin = time.perf_counter()
+    quantized = quantize(model, method.scheme, overrides=dict(method.overrides), **options)
+    seconds = time.perf_counter() - begin
+    tests = network.data.tests()
+    with torch.inference_mode():
+        wanted, found = (
+            torch.cat([network.output(run(side, batch)) for batch in tests])
+            for side in (model, quantized)
+        )
+    score = float(network.data.score(wanted, found))
+    report = summary(quantized)
+    return QualityResult(
+        score, report.bytes_after, report.bytes_before, seconds, torch.get_num_threads()
+    )
