@@ -12,13 +12,12 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lowbit.errors import one_line
 from lowbit.model_argument import (
@@ -31,9 +30,6 @@ from lowbit.model_argument import (
     read_inputs,
     read_labels,
 )
-
-if TYPE_CHECKING:
-    from lowbit.comparison import Comparison
 
 DESCRIPTION = "INT8, INT4, INT2, ternary and binary inference for PyTorch models on CPUs."
 MODEL_HELP = "package.module:factory, a callable that returns the model, or the model itself"
@@ -123,6 +119,7 @@ def _info(arguments: argparse.Namespace, progress: Progress) -> Output:
 
 def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.demo.run import run
+    from lowbit.html.command import write
 
     _check_writable(arguments.plot)
     _check_page(arguments.html)
@@ -131,12 +128,13 @@ def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
     )
     if arguments.plot is not None:
         result.comparison.plot(arguments.plot)
-    page = _write_page(result.comparison, arguments, "36 views of 6 photographs")
-    return Output(f"{result}{page.text}", result.to_dict() | page.data)
+    text, data = write(result.comparison, arguments, "36 views of 6 photographs")
+    return Output(f"{result}{text}", result.to_dict() | data)
 
 
 def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.compare import compare
+    from lowbit.html.command import write
     from lowbit.mixed.command import task_of
 
     schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
@@ -171,9 +169,8 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     if arguments.calibration is not None:
         data["calibration"] = str(arguments.calibration)
         described += f"; calibrated on {'these' if on_inputs else arguments.calibration}"
-    page = _write_page(comparison, arguments, described)
-    data |= page.data
-    return Output(f"inputs: {described}\n\n{comparison}{page.text}", data)
+    text, page = write(comparison, arguments, described)
+    return Output(f"inputs: {described}\n\n{comparison}{text}", data | page)
 
 
 def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -310,17 +307,6 @@ def _check_page(path: Path | None) -> None:
         check_packages()
 
 
-def _write_page(comparison: Comparison, arguments: argparse.Namespace, inputs: str) -> Output:
-    """Writes the page if one is asked for. Returns what a command adds to its output."""
-    if arguments.html is None:
-        return Output("", {})
-    command = shlex.join(["lowbit", *arguments.argv])
-    comparison.save_html(arguments.html, command=command, inputs=inputs)
-    size = arguments.html.stat().st_size
-    text = f"\n\nwrote {arguments.html} ({size / 1e6:.2f} MB)"
-    return Output(text, {"html": str(arguments.html), "html_bytes": size})
-
-
 def _message(error: Exception, debug: bool) -> str:
     """One line (or what a CommandError says), with the way to learn more."""
     if isinstance(error, CommandError):
@@ -371,21 +357,22 @@ def _parser() -> argparse.ArgumentParser:
             )
         return made
 
+    from lowbit.html.command import add_argument
     from lowbit.mixed.command import add_search, add_sensitivity
 
     demo = command("demo", _demo, "Show every width on a real network and real photographs.")
     _add_plot(demo)
-    _add_html(demo, "--html", None)
+    add_argument(demo, "--html")
     _add_seconds(demo, 12.0)
     command("info", _info, "Show the CPU, the kernels in use, the threads and the versions.")
     compare = command("compare", _compare, "Compare a model's widths: speed, size and quality.")
     _add_comparison(compare)
-    _add_html(compare, "--html", None)
+    add_argument(compare, "--html")
     report = command(
         "report", _compare, "Write such a comparison, layer by layer, as an HTML page."
     )
     _add_comparison(report)
-    _add_html(report, "-o", Path("report.html"))
+    add_argument(report, "-o", "--output", default=Path("report.html"))
     for name, run, add, text in (
         ("sensitivity", _sensitivity, add_sensitivity, "Measure what each layer loses, and takes."),
         ("search", _search, add_search, "Choose a scheme for each layer, within a budget."),
@@ -445,12 +432,6 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     )
     _add_plot(parser)
     _add_seconds(parser, 10.0)
-
-
-def _add_html(parser: argparse.ArgumentParser, flag: str, default: Path | None) -> None:
-    text = "write one HTML page" + ("" if default is None else " (default: %(default)s)")
-    flags = (flag, "--output") if flag == "-o" else (flag,)
-    parser.add_argument(*flags, type=Path, metavar="FILE", dest="html", default=default, help=text)
 
 
 def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:

@@ -83,7 +83,7 @@ def test_nothing_is_wider_than_the_screen_but_tables_in_their_scrollers(visit, v
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     outside = page.evaluate(
         """width => [...document.querySelectorAll('body *')]
-           .filter(e => !e.closest('.scroller') || e.matches('.scroller'))
+           .filter(e => !e.closest('[role=region]') || e.matches('[role=region]'))
            .filter(e => !e.closest('.skip') && e.getClientRects().length)
            .filter(e => e.getBoundingClientRect().right > width + 0.5)
            .map(e => e.outerHTML.slice(0, 120))""",
