@@ -5,14 +5,14 @@
 //   signed_matrix_dot       the same of signed codes
 //
 // The layout has 4 k of 4 channels in a register; a `zip` of two such makes 8 k of 2 channels. Four
-// consecutive quads of k, q0 .. q3, are a unit of two octets, (q0, q2) and (q1, q3); of 2 bits eight
-// quads are one of four octets, (q0, q4) .. (q3, q7). So where both are bit fields of one byte, one
-// zip serves several fields, and unpacking comes after it. Rows are paired in the same order once a
-// call, for all channels.
+// consecutive quads of k, q0 .. q3, are a unit of two octets, (q0, q2) and (q1, q3); of 2 bits
+// eight quads are one of four octets, (q0, q4) .. (q3, q7). So where both are bit fields of one
+// byte, one zip serves several fields, and unpacking comes after it. Rows are paired in the same
+// order once a call, for all channels.
 //
-// Tiles have 16 sums: 8 rows x 8 channels, where a register of weights serves 4 products, or 16 rows
-// x 4, where it serves 8. For more than kFewRows rows, a panel is unpacked once, to `room`. One or
-// two rows go by lane_dot: a pair would be half empty, and their weights come from memory.
+// Tiles have 16 sums: 8 rows x 8 channels, where a register of weights serves 4 products, or 16
+// rows x 4, where it serves 8. For more than kFewRows rows, a panel is unpacked once, to `room`.
+// One or two rows go by lane_dot: a pair would be half empty, and their weights come from memory.
 #include "lane_dot.inl"
 
 constexpr int kFewRows = 16, kLaneRows = 2;
@@ -23,7 +23,8 @@ constexpr int kUnitBytes = 2 * kOctet;  // 16 k of half a panel, and as much of 
 constexpr int unit_k(int bits) { return bits == 2 ? 32 : 16; }
 constexpr int steps_of_unit(int bits) { return bits == 1 ? 1 : unit_k(bits) * bits / 32; }
 
-// A unit of V registers of channels, of `Steps` steps where these are fewer; the rest of it is zero.
+// A unit of V registers of channels, of `Steps` steps where these are fewer; the rest of it is
+// zero.
 template <int B, int Steps, int V>
 struct Units {
   static constexpr int kOctets = B <= 2 ? 4 : 2;
@@ -118,8 +119,8 @@ void pair_rows(const Tile& t, int64_t k, int8_t* out) {
   }
 }
 
-// Sums of MR rows and V registers of channels, times 2^S. B: bits of a code; 0: unpacked, in `room`.
-// Minus: bits are -1 or 0.
+// Sums of MR rows and V registers of channels, times 2^S. B: bits of a code; 0: unpacked, in
+// `room`. Minus: bits are -1 or 0.
 template <int B, int S, int MR, int V, bool Minus>
 struct MatrixDot {
   static constexpr int P = B ? 8 / B : 4, kPairs = (MR + 1) / 2;
@@ -143,8 +144,7 @@ struct MatrixDot {
       } else {
         LOWBIT_UNROLL for (int o = 0; o < 2; ++o, x += kOctetBytes) {
           Reg n[2 * V];
-          LOWBIT_UNROLL for (int i = 0; i < 2 * V; ++i) n[i] =
-              load(w + o * kOctet + i * kRegBytes);
+          LOWBIT_UNROLL for (int i = 0; i < 2 * V; ++i) n[i] = load(w + o * kOctet + i * kRegBytes);
           multiply(acc, n, x);
         }
       }
@@ -212,9 +212,8 @@ struct Dot {
       unpack_panel(t, p, half_bytes);
       x = paired;
       over_rows(t, kDotRows, [&](const Tile& part, int rows) {
-        with_rows<kDotRows / 2 + 1, kDotRows>(rows, [&](auto mr) {
-          tile_of<decltype(mr)::value, 0>(part, p, x, half_bytes);
-        });
+        with_rows<kDotRows / 2 + 1, kDotRows>(
+            rows, [&](auto mr) { tile_of<decltype(mr)::value, 0>(part, p, x, half_bytes); });
         x += tile_bytes;
       });
     }
@@ -226,22 +225,21 @@ struct Dot {
     constexpr int kRowBytes = (MR + 1) / 2 * 2;  // of a k
     constexpr int V = MR <= kDotRows ? kRegs / 2 : kRegs / 4;
     for (int v = 0; v < kRegs; v += V)
-      sum_groups<MR, V>(channels_of(t, v * kLanes), panel,
-                        [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
-                          const int8_t* from = x + first * P * 4 * kRowBytes;
-                          if constexpr (Bits == 0) {
-                            constexpr int kUnitK = unit_k(B);
-                            const uint8_t* w = t.room + v / V * half_bytes;
-                            MatrixDot<0, S, MR, V, B == 1>::add_steps(
-                                w + first * P * 4 * kHalf, 0, from,
-                                (steps * P * 4 + kUnitK - 1) / kUnitK * (kUnitK / 16), sum);
-                          } else {
-                            const uint8_t* w = t.w + panel * t.panel_stride;
-                            MatrixDot<B, S, MR, V, B == 1>::add_steps(
-                                w + first * kVectorBytes + v * kRegBytes, ahead_of(t, panel) - w,
-                                from, steps, sum);
-                          }
-                        });
+      sum_groups<MR, V>(
+          channels_of(t, v * kLanes), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+            const int8_t* from = x + first * P * 4 * kRowBytes;
+            if constexpr (Bits == 0) {
+              constexpr int kUnitK = unit_k(B);
+              const uint8_t* w = t.room + v / V * half_bytes;
+              MatrixDot<0, S, MR, V, B == 1>::add_steps(
+                  w + first * P * 4 * kHalf, 0, from,
+                  (steps * P * 4 + kUnitK - 1) / kUnitK * (kUnitK / 16), sum);
+            } else {
+              const uint8_t* w = t.w + panel * t.panel_stride;
+              MatrixDot<B, S, MR, V, B == 1>::add_steps(w + first * kVectorBytes + v * kRegBytes,
+                                                        ahead_of(t, panel) - w, from, steps, sum);
+            }
+          });
   }
 
   static LOWBIT_NOINLINE void unpack_panel(const Tile& t, int panel, int64_t half_bytes) {

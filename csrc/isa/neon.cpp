@@ -26,6 +26,38 @@ inline Reg signed_dot(Reg acc, Reg a, Reg b) {
   return add(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 
+// One register of channels of a depthwise convolution's sums. Two products of a weight that is no
+// -128 fit 16 bits.
+struct ColumnSum {
+  static constexpr bool kAnyPairs = false;
+  Reg low, high;
+  void add(bool first, Reg x, Reg w) {
+    add_shorts(first, multiplied_low(x, w), multiplied_high(x, w));
+  }
+  void add(bool first, Reg x, Reg w, Reg y, Reg v) {
+    int16x8_t l = multiplied_low(x, w), h = multiplied_high(x, w);
+    multiply_low(l, signed_bytes(y), signed_bytes(v));
+    multiply_high(h, signed_bytes(y), signed_bytes(v));
+    add_shorts(first, l, h);
+  }
+  Reg total() const { return vpaddq_s32(low, high); }
+
+ private:
+  static int16x8_t multiplied_low(Reg x, Reg w) {
+    return vmull_s8(vget_low_s8(signed_bytes(x)), vget_low_s8(signed_bytes(w)));
+  }
+  static int16x8_t multiplied_high(Reg x, Reg w) {
+    return vmull_high_s8(signed_bytes(x), signed_bytes(w));
+  }
+  void add_shorts(bool first, int16x8_t l, int16x8_t h) {
+    if (first) {
+      low = vpaddlq_s16(l), high = vpaddlq_s16(h);
+    } else {
+      accumulate_pairs(low, l), accumulate_pairs(high, h);
+    }
+  }
+};
+
 // Of any operands, for sums of codes.
 template <int B>
 inline Reg dot(Reg acc, Reg u, Reg a) {
