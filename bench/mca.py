@@ -204,7 +204,7 @@ def label(name: str) -> tuple[tuple[int, ...], str] | None:
         return (rows, -bits), f"{width(bits)}, {rows} x {regs * 4}"
     if m := re.match(r"Xnor<false>::add_steps<([124])>", name):
         return (int(m[1]), 1), f"W1A1, {m[1]} x 16"
-    if m := re.match(r"sum_run<(\d), (\d), (\d), true, PutOutputs>", name):
+    if m := re.match(r"sum_run<(\d), (\d), (\d), true, PutOutputs<", name):
         taps, quads, rows = (int(m[i]) or "any" for i in (1, 2, 3))
         return (90, int(m[1]), int(m[3])), f"depthwise, {taps} x {quads} taps, {rows} x 4"
     if name == "grouped_tile":

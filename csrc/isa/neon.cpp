@@ -7,7 +7,19 @@
 #define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
-// acc += the products of the low, the high eight bytes
+// The products of the low, the high eight bytes. Assembly: the low half of a register that stays is
+// a register of its own to GCC 12.
+inline int16x8_t products_low(int8x16_t u, int8x16_t a) {
+  int16x8_t r;
+  asm("smull %0.8h, %1.8b, %2.8b" : "=w"(r) : "w"(u), "w"(a));
+  return r;
+}
+inline int16x8_t products_high(int8x16_t u, int8x16_t a) {
+  int16x8_t r;
+  asm("smull2 %0.8h, %1.16b, %2.16b" : "=w"(r) : "w"(u), "w"(a));
+  return r;
+}
+// acc += these
 inline void multiply_low(int16x8_t& acc, int8x16_t u, int8x16_t a) {
   asm("smlal %0.8h, %1.8b, %2.8b" : "+w"(acc) : "w"(u), "w"(a));
 }
@@ -25,38 +37,6 @@ inline Reg signed_dot(Reg acc, Reg a, Reg b) {
   const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
   return add(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
-
-// One register of channels of a depthwise convolution's sums. Two products of a weight that is no
-// -128 fit 16 bits.
-struct ColumnSum {
-  static constexpr bool kAnyPairs = false;
-  Reg low, high;
-  void add(bool first, Reg x, Reg w) {
-    add_shorts(first, multiplied_low(x, w), multiplied_high(x, w));
-  }
-  void add(bool first, Reg x, Reg w, Reg y, Reg v) {
-    int16x8_t l = multiplied_low(x, w), h = multiplied_high(x, w);
-    multiply_low(l, signed_bytes(y), signed_bytes(v));
-    multiply_high(h, signed_bytes(y), signed_bytes(v));
-    add_shorts(first, l, h);
-  }
-  Reg total() const { return vpaddq_s32(low, high); }
-
- private:
-  static int16x8_t multiplied_low(Reg x, Reg w) {
-    return vmull_s8(vget_low_s8(signed_bytes(x)), vget_low_s8(signed_bytes(w)));
-  }
-  static int16x8_t multiplied_high(Reg x, Reg w) {
-    return vmull_high_s8(signed_bytes(x), signed_bytes(w));
-  }
-  void add_shorts(bool first, int16x8_t l, int16x8_t h) {
-    if (first) {
-      low = vpaddlq_s16(l), high = vpaddlq_s16(h);
-    } else {
-      accumulate_pairs(low, l), accumulate_pairs(high, h);
-    }
-  }
-};
 
 // Of any operands, for sums of codes.
 template <int B>
