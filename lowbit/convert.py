@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
+from lowbit.calibration.data import Data
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
@@ -22,6 +23,8 @@ from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summar
 from lowbit.rules import register_converter
 
 __all__ = ["quantize", "quantize_", "register_converter"]
+
+ForwardFn = Callable[[nn.Module, Any], Any]
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -39,6 +42,9 @@ def quantize(
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
     fuse: bool = True,
+    calibration: Data | None = None,
+    forward_fn: ForwardFn | None = None,
+    steps: int | None = None,
 ) -> nn.Module:
     """A quantized copy of a model; `lowbit.summary` gives its account.
 
@@ -58,15 +64,27 @@ def quantize(
             `nn.ReLU`, `nn.ReLU6` or `nn.Hardswish` that torch.fx shows to take nothing but the
             outputs of converted layers, which go nowhere else, is computed by these layers (their
             attribute `epilogue`), with the same bits; an `nn.Identity` takes its place.
+        calibration: batches of example inputs for the schemes that learn from data, see
+            `lowbit.calibration.batches`.
+        forward_fn: `forward_fn(model, batch)` runs the model on a batch, where neither
+            `model(batch)`, `model(*batch)` nor `model(**batch)` does.
+        steps: the most batches to take of `calibration`.
 
     Returns:
         The copy. Where `model` is itself a layer, the lowbit layer.
 
     Raises:
         ValueError: a scheme is not valid, an override matches no layer, or a layer cannot be
-            converted (NaN in its weight): the message names it.
+            converted (NaN in its weight): the message names it. Calibration data that no scheme
+            asks for, or that holds no batch.
     """
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
+    _check_calibration(plan, calibration, forward_fn, steps)
+    return converted_copy(model, plan)
+
+
+def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """What `quantize` returns, of a plan for this model."""
     # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
     memo: dict[int, Any] = {}
     done: dict[int, nn.Module] = {}
@@ -104,6 +122,9 @@ def quantize_(
     overrides: Overrides | None = None,
     filter_fn: Filter | None = None,
     fuse: bool = True,
+    calibration: Data | None = None,
+    forward_fn: ForwardFn | None = None,
+    steps: int | None = None,
 ) -> Report:
     """Quantize the layers of a model in place, one after the other, and return the account.
 
@@ -112,7 +133,7 @@ def quantize_(
 
     Args:
         model: as for `quantize`; changed.
-        scheme, overrides, filter_fn, fuse: as for `quantize`.
+        scheme, overrides, filter_fn, fuse, calibration, forward_fn, steps: as for `quantize`.
 
     Returns:
         The report: print it for a table. `lowbit.summary(model)` gives it again.
@@ -127,6 +148,13 @@ def quantize_(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
+    _check_calibration(plan, calibration, forward_fn, steps)
+    convert_in_place(model, plan)
+    return summary(model)
+
+
+def convert_in_place(model: nn.Module, plan: Plan) -> None:
+    """What `quantize_` does to the model, of a plan for it."""
     done: dict[int, nn.Module] = {}
     identities: dict[int, nn.Module] = {}
     slots = child_slots(model)
@@ -156,7 +184,6 @@ def quantize_(
         set_entry(identities.get(id(module), module), entry)
     run_converted_encoder_layers(model)
     _warn_if_nothing_converted(model)
-    return summary(model)
 
 
 def child_slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -283,8 +310,20 @@ def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
             vars(layer)[name] = value
 
 
+def _check_calibration(
+    plan: Plan, calibration: Data | None, forward_fn: ForwardFn | None, steps: int | None
+) -> None:
+    """Refuses data that nothing would use, and what belongs to data without any."""
+    if calibration is None:
+        if forward_fn is not None or steps is not None:
+            raise ValueError("forward_fn and steps belong to calibration data: pass calibration=")
+        return
+    names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
+    raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
+
+
 def _warn_if_nothing_converted(model: nn.Module) -> None:
     if not any(is_converted(module) for module in model.modules()):
         warnings.warn(
-            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=3
+            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=4
         )

@@ -301,3 +301,15 @@ def test_a_hook_bound_to_a_module_of_the_model_follows_the_copy():
     quantized = lowbit.quantize(model, "w4a8")
     quantized.fc(torch.randn(1, 32))
     assert (model.calls, quantized.calls) == (0, 1)
+
+
+@pytest.mark.parametrize("convert", [lowbit.quantize, lowbit.quantize_])
+def test_data_that_nothing_learns_from_is_refused(convert):
+    model = nn.Sequential(nn.Linear(32, 32))
+    before = state(model)
+    with pytest.raises(ValueError, match="learns from calibration data"):
+        convert(model, "w8a8", calibration=[torch.randn(1, 32)])
+    with pytest.raises(ValueError, match="pass calibration="):
+        convert(model, "w8a8", steps=3)
+    assert_same_state(model, before)
+    assert isinstance(model[0], nn.Linear)
