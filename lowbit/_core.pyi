@@ -164,6 +164,7 @@ def direct_conv2d(
     activation_scale: float = ...,
     activation_zero: int = ...,
 ) -> Direct: ...
+
 # A network of codes: values (channels, height, width, scale, zero point), and steps, each "op" and
 # its operands; weights are read where they are for as long as the program lives. Inputs and outputs
 # are (address, channels last) of dense float32. ValueError says which step is wrong.
