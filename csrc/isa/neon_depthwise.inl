@@ -136,6 +136,13 @@ struct PutSums {
 };
 
 template <bool Biased>
+LOWBIT_INLINE FloatReg sum_as_float(Reg v) {
+  if constexpr (Biased)
+    return vsubq_f32(vreinterpretq_f32_s32(v), vreinterpretq_f32_s32(vdupq_n_s32(kBiased)));
+  return to_float(v);
+}
+
+template <bool Biased>
 struct PutOutputs {
   FloatReg scale;
   const float* bias;
@@ -144,10 +151,24 @@ struct PutOutputs {
   const int32_t* start = kStarts[Biased];
   PutOutputs from(int64_t i) const { return {scale, bias, y + i * pitch, pitch, row}; }
   LOWBIT_INLINE void operator()(int64_t i, int r, Reg v) const {
-    const FloatReg f =
-        Biased ? vsubq_f32(vreinterpretq_f32_s32(v), vreinterpretq_f32_s32(vdupq_n_s32(kBiased)))
-               : to_float(v);
-    float_store(y + i * pitch + r * row, fmadd(f, scale, float_load(anew(bias))));
+    float_store(y + i * pitch + r * row,
+                fmadd(sum_as_float<Biased>(v), scale, float_load(anew(bias))));
+  }
+};
+
+// The same as codes.
+template <bool Biased, bool Saturates>
+struct PutCodes {
+  FloatReg scale;
+  const float* bias;
+  CodeRegs code;
+  int8_t* q;
+  ptrdiff_t pitch, row;
+  const int32_t* start = kStarts[Biased];
+  PutCodes from(int64_t i) const { return {scale, bias, code, q + i * pitch, pitch, row}; }
+  LOWBIT_INLINE void operator()(int64_t i, int r, Reg v) const {
+    const FloatReg y = fmadd(sum_as_float<Biased>(v), scale, float_load(anew(bias)));
+    code.put<Saturates>(q + i * pitch + r * row, y);
   }
 };
 
@@ -167,7 +188,7 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
   for (int64_t first = 0; first < t.pixels; first += kRun) {
     const int64_t rest = t.pixels - first, pixels = rest < kRun ? rest : kRun;
     float* const y = t.y + first * pitch + panel * kPanel;
-    if (!t.acc)
+    if (!t.acc && !t.requantize)
       for (int64_t i = 0; i < pixels; ++i)
         LOWBIT_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(y + i * pitch + r * row, 1);
     for (int v = 0; v < kRegs; ++v) {
@@ -185,6 +206,16 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
           continue;
         }
       constexpr bool kBiasedSums = ColumnSum::kDot && P > 0 && P * 4 <= kMostBiased;
+      if (t.requantize) {
+        const CodeRegs code(*t.requantize);
+        int8_t* const q = t.q + first * pitch + at;
+        const FloatReg scale = float_load(t.scale + at);
+        if (t.requantize->saturates)
+          sum_with(PutCodes<kBiasedSums, true>{scale, t.bias + at, code, q, pitch, row});
+        else
+          sum_with(PutCodes<kBiasedSums, false>{scale, t.bias + at, code, q, pitch, row});
+        continue;
+      }
       sum_with(PutOutputs<kBiasedSums>{float_load(t.scale + at), t.bias + at, y + v * kLanes, pitch,
                                        row});
     }
