@@ -53,18 +53,20 @@ def test_layers_get_what_their_observers_chose(scheme):
 def test_one_call_equals_three(scheme, make):
     model = trained(make())
     three = lowbit.convert(calibrated(model, scheme))
+    captured = lowbit.calibrate(lowbit.prepare(model, scheme, IMAGES[0]), IMAGES)
+    network = lowbit.convert(captured)
     before = state(model)
     one = lowbit.quantize(model, scheme, calibration=IMAGES)
     assert_same_state(model, before)
-    assert_same_state(one, state(three))
-    assert str(lowbit.summary(one)) == str(lowbit.summary(three))
+    assert_same_state(one, state(network))
+    assert str(lowbit.summary(one)) == str(lowbit.summary(network))
     report = lowbit.quantize_(model, scheme, calibration=iter(IMAGES))
     assert_same_state(model, state(three))
     rows = [(row.name, row.scheme) for row in report.rows]
     assert rows == [(row.name, row.scheme) for row in lowbit.summary(three).rows]
     assert "converted in place" in report.converted[0].note
     x = torch.randn(3, 3, 8, 8)
-    assert torch.equal(one(x), three(x))
+    assert torch.equal(one(x), network(x))
     assert torch.equal(model(x), three(x))
 
 
@@ -215,7 +217,7 @@ def test_hooks_and_attributes_are_carried_over():
     converted(IMAGES[0])
     assert calls == [1]
     assert converted.fc.mine == 7
-    assert row(converted, "fc").note == "hooks carried over: 1"
+    assert row(converted, "fc").note.startswith("hooks carried over: 1; ")
 
 
 def test_a_layer_is_a_model():
