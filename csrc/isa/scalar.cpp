@@ -201,6 +201,5 @@ inline Reg shuffle(const Reg& v, const Reg& control) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"
