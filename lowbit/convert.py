@@ -333,21 +333,17 @@ def _calibrate(
     block_steps: int,
 ) -> None:
     """Makes the layers that learn from data; refuses data that nothing would use."""
-    learning = {
-        job.scheme.quantizer: job.name
-        for job in plan.jobs
-        if needs_data(job.scheme.quantizer or "")
-    }
+    learning = [job for job in plan.jobs if needs_data(job.scheme.quantizer or "")]
     if calibration is None:
         if forward_fn is not None or steps is not None or correct_bias or block_steps:
             raise ValueError(
                 "forward_fn, steps, correct_bias and block_steps belong to calibration data: pass "
                 "calibration="
             )
-        for quantizer, name in learning.items():
+        if learning:
             raise ValueError(
-                f"layer '{name}': quantizer {quantizer!r} needs calibration data: "
-                "lowbit.quantize(model, scheme, calibration=batches)"
+                f"layer '{learning[0].name}': quantizer {learning[0].scheme.quantizer!r} needs "
+                "calibration data: lowbit.quantize(model, scheme, calibration=batches)"
             )
         return
     if not (learning or correct_bias or block_steps):
