@@ -60,9 +60,7 @@ class QuantizedWeight:
 Quantizer = Callable[[Tensor, Format, "int | None", "Tensor | None"], QuantizedWeight]
 """quantizer(w float32 [N, K], format, group_size, valid bool [K] or None)."""
 
-DataQuantizer = Callable[
-    [Tensor, Format, "int | None", "Tensor | None", Tensor], QuantizedWeight
-]
+DataQuantizer = Callable[[Tensor, Format, "int | None", "Tensor | None", Tensor], QuantizedWeight]
 """The same with a fifth argument, the Hessian: float32 [G, K, K], the mean of x x^T over inputs x
 [K] of each of G blocks of N / G consecutive rows (a convolution's groups)."""
 

@@ -38,7 +38,7 @@ def adaround(
 
 
 def learn(problem: Problem, grid: Grid, steps: int = STEPS) -> Tensor:
-    """Levels [B, R, K], each one of the two nearest to its weight; a row is never worse than RTN."""
+    """Levels [B, R, K], each one of the two nearest to its weight; no row is worse than RTN."""
     fmt = problem.fmt
     low, high = fmt.produced
     scale = problem.spread(grid.scale)

@@ -2,9 +2,9 @@
 
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", 2021:
 errors of layers in one block make up for each other. What is learned is that of Chen et al.,
-"EfficientQAT", 2024 (its block-wise training): weights, through their rounding by a straight-through
-estimator, with scales, zeros and biases. It begins at codes that a quantizer has chosen, and what
-has not become better is thrown away.
+"EfficientQAT", 2024 (its block-wise training): weights, through their rounding by a
+straight-through estimator, with scales, zeros and biases. It begins at codes that a quantizer has
+chosen, and what has not become better is thrown away.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class Moments:
         rows = w.double().view(len(second), -1, w.shape[1])
         right = rows @ (cross + damped - second)
         found = torch.linalg.solve(damped, right.transpose(1, 2)).transpose(1, 2)
-        return found.reshape(w.shape).float()
+        result: Tensor = found.reshape(w.shape).float()
+        return result
 
     def shift(self, w: Tensor, q: Tensor) -> Tensor:
         """What to add to the bias [N] so that the outputs keep their means.

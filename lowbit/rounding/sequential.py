@@ -24,7 +24,6 @@ from lowbit.quality import floating_tensors
 from lowbit.quantizers import dequantize_weight, quantize_weight
 from lowbit.rounding.blocks import Call, Sample, find_blocks, learn
 from lowbit.rounding.moments import Moments, float_matrix, rows_of, takes_moments
-from lowbit.schemes import Scheme
 
 Convert = Callable[[Job], nn.Module]
 Forward = Callable[[nn.Module, Any], Any]
@@ -356,7 +355,6 @@ class _Runner:
                 "same path each time"
             )
         return found
-
 
     def samples(self, block: nn.Module) -> list[Sample]:
         """What a block gets in the quantized model and returns in the float one, batch by batch.

@@ -90,13 +90,15 @@ def data(seed, count=8):
 def test_learning_brings_the_outputs_nearer():
     model, head = Net(), {"head": None}
     once, learned, again = (
-        lowbit.quantize(model, "w2a8-gptq", overrides=head, calibration=data(0), block_steps=steps)
+        lowbit.quantize(
+            model, "w2a8", overrides=head, calibration=data(0), block_steps=steps, correct_bias=True
+        )
         for steps in (0, 200, 200)
     )
     x = torch.cat(data(1))
     with torch.no_grad():
         errors = [float((model(x) - side(x)).square().mean()) for side in (once, learned)]
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
     for key, value in learned.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
     note = next(r.note for r in lowbit.summary(learned).rows if r.name == "blocks.0.one")
@@ -107,9 +109,10 @@ def test_what_is_no_better_is_thrown_away(monkeypatch):
     """A rate at which everything diverges."""
     model = Net()
     once = lowbit.quantize(model, "w4a8-gptq", calibration=data(0))
-    monkeypatch.setattr("lowbit.rounding.blocks._RATES", dict.fromkeys(
-        ("levels", "log_scale", "zero", "bias"), 30.0
-    ))
+    monkeypatch.setattr(
+        "lowbit.rounding.blocks._RATES",
+        dict.fromkeys(("levels", "log_scale", "zero", "bias"), 30.0),
+    )
     kept = lowbit.quantize(model, "w4a8-gptq", calibration=data(0), block_steps=5)
     for key, value in once.state_dict().items():
         assert torch.equal(value, kept.state_dict()[key]), key

@@ -45,7 +45,10 @@ def test_the_function_stays_and_the_ranges_become_equal(act):
     with torch.no_grad():
         torch.testing.assert_close(result(X), model(X), rtol=1e-4, atol=1e-3)
     layers = [m for m in result.modules() if isinstance(m, nn.Conv2d)]
-    for first, second, columns in ((layers[0], layers[1], (1, 2, 3)), (layers[1], layers[2], (0, 2, 3))):
+    for first, second, columns in (
+        (layers[0], layers[1], (1, 2, 3)),
+        (layers[1], layers[2], (0, 2, 3)),
+    ):
         before = first.weight.abs().amax(dim=(1, 2, 3))
         after = second.weight.abs().amax(dim=columns)
         torch.testing.assert_close(before, after, rtol=0.05, atol=1e-6)
@@ -94,7 +97,9 @@ def test_relu6_is_left_alone_unless_it_may_go():
         model[1].running_mean.zero_()
         model[3].weight.clamp_(-1, 1)
         wanted = model(small)
-        torch.testing.assert_close(equalize(model, relu6="relu")(small), wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            equalize(model, relu6="relu")(small), wanted, rtol=1e-3, atol=1e-5
+        )
     with pytest.raises(ValueError, match="relu6"):
         equalize(model, relu6="clip")
 
@@ -144,9 +149,7 @@ def test_smoothing_keeps_the_function_and_takes_the_outliers():
         torch.testing.assert_close(result(x), model(x), rtol=1e-3, atol=1e-3)
         before, after = (m.norm(x).abs().amax(dim=(0, 1)) for m in (model, result))
         assert after.max() / after.median() < 0.5 * before.max() / before.median()
-        errors = [
-            float((lowbit.quantize(m, "w8a8")(x) - model(x)).norm()) for m in (model, result)
-        ]
+        errors = [float((lowbit.quantize(m, "w8a8")(x) - model(x)).norm()) for m in (model, result)]
     assert errors[1] < 0.7 * errors[0]
     assert float(model.norm.weight[3].detach()) == 60.0
 

@@ -127,7 +127,9 @@ def test_the_target_makes_up_for_inputs_that_have_changed(centred):
     torch.testing.assert_close(moments.hessian(centred)[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8-gptq", "w2a8-descent", "w2a8-g32-descent", "w4a8-adaround"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a8-gptq", "w2a8-descent", "w2a8-g32-descent", "w4a8-adaround"]
+)
 def test_outputs_on_other_data_come_nearer(scheme):
     model = Net()
     plain = lowbit.quantize(model, scheme.rsplit("-", 1)[0])
@@ -142,9 +144,7 @@ def test_the_same_in_place_by_a_generator_and_in_a_file(tmp_path):
     model, scheme = Net(), "w4a8-gptq"
     copied = lowbit.quantize(model, scheme, calibration=data(), correct_bias=True)
     again = copy.deepcopy(model)
-    lowbit.quantize_(
-        again, scheme, calibration=(batch for batch in data()), correct_bias=True
-    )
+    lowbit.quantize_(again, scheme, calibration=(batch for batch in data()), correct_bias=True)
     for key, value in copied.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
     lowbit.save_file(copied, tmp_path / "model.safetensors")
@@ -250,7 +250,7 @@ def test_what_is_refused():
         lowbit.quantize(model, "w4a8-gptq", calibration=[])
     bad = data()
     bad[2][1, 0, 3, 3] = torch.nan
-    with pytest.raises(ValueError, match="layer 'features.0': batch 2 of the calibration data"):
+    with pytest.raises(ValueError, match=r"layer 'features\.0': batch 2 of the calibration data"):
         lowbit.quantize(model, "w4a8-gptq", calibration=bad)
     with pytest.raises(ValueError, match="give it empty inputs"):
         lowbit.quantize(model, "w4a8-gptq", calibration=[images(0)])
