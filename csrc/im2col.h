@@ -39,6 +39,7 @@ class Columns {
   const Images& images_;
   const int64_t k_, bytes_;    // of a row
   const int64_t width_, tap_;  // channels of a group, the same with padding
+  const int64_t summed_;       // the codes of a row that are summed are the first ones
   const bool pixel_sums_, clears_padding_;
   const bool in_place_;  // the image's pixels are the rows: 1x1, stride 1, no padding
   int64_t pitch_, segment_bytes_, segment_count_;

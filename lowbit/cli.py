@@ -130,6 +130,8 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
 
     schemes = _schemes(arguments.schemes)
     _check_writable(arguments.plot)
+    on_inputs = str(arguments.calibration) == "inputs"
+    calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
     factory = find(arguments.model)
     model = build(factory, arguments.model)
     if arguments.inputs is not None:
@@ -145,10 +147,14 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
         budget_seconds=arguments.seconds,
         torch_int8=not arguments.no_torch_int8,
         progress=progress,
+        calibration=calibration,
     )
     if arguments.plot is not None:
         comparison.plot(arguments.plot)
     data = json.loads(comparison.to_json()) | {"inputs": described}
+    if arguments.calibration is not None:
+        data["calibration"] = str(arguments.calibration)
+        described += f"; calibrated on {'these' if on_inputs else arguments.calibration}"
     return Output(f"inputs: {described}\n\n{comparison}", data)
 
 
@@ -162,11 +168,13 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
         raise UsageError("--scheme takes one scheme; --override gives a layer another one")
     overrides = dict(map(_override, arguments.override))
     _check_writable(arguments.output)
+    given = [recipe for recipe in (scheme, *overrides.values()) if recipe is not None]
+    calibration = _calibration(arguments.calibration, given)
     model = build(find(arguments.model), arguments.model)
     progress("converting")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no layer was converted")  # an error here
-        quantized = quantize(model, scheme, overrides=overrides)
+        quantized = quantize(model, scheme, overrides=overrides, calibration=calibration)
     report = summary(quantized)
     if not report.converted:
         reasons = [f"{row.name}: {row.note}" for row in report.kept[:3] if row.note]
@@ -180,6 +188,16 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     )
     data = report.to_dict() | {"file": str(arguments.output), "file_bytes": size}
     return Output(f"{report}\n\n{closing}", data)
+
+
+def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
+    """The batches of a file, where these schemes ask for some; None where they do not."""
+    from lowbit.schemes import Scheme
+
+    learning = [name for name in schemes if Scheme.parse(name).learns]
+    if path is None and learning:
+        raise UsageError(f"{learning[0]} learns from example data: give --calibration FILE")
+    return None if path is None else read_inputs(path, "--calibration")[0]
 
 
 def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -295,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
     inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
     compare.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+    _add_calibration(compare, "; 'inputs' takes the inputs themselves")
     compare.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
     _add_plot(compare)
     _add_seconds(compare, 10.0)
@@ -309,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=RECIPE",
         help="another recipe, or 'float', for a layer: its name, or re: and a regular expression",
     )
+    _add_calibration(convert)
     bench = command("bench", _bench, "Time one layer in every width against other engines.")
     from lowbit.benchmark.command import add_arguments
 
@@ -329,6 +349,15 @@ class _Version(argparse.Action):
 
         print(f"lowbit {version()}")
         parser.exit()
+
+
+def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
+    )
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

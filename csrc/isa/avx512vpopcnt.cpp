@@ -11,5 +11,6 @@ inline Reg popcount_add(Reg acc, Reg v) {
 }
 
 #include "microkernel.inl"
+#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"
