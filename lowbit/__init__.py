@@ -31,6 +31,8 @@ from lowbit.fuse import fuse
 from lowbit.info import cpu_info
 from lowbit.qat import prepare_qat
 from lowbit.report import Report, summary
+from lowbit.rounding.equalize import equalize
+from lowbit.rounding.smooth import smooth
 from lowbit.schemes import RECIPES, Scheme
 from lowbit.serialize import FileFormatError, load_file, save_file
 
@@ -46,6 +48,7 @@ __all__ = [
     "compare",
     "convert",
     "cpu_info",
+    "equalize",
     "fuse",
     "load_file",
     "nn",
@@ -57,5 +60,6 @@ __all__ = [
     "quantize_",
     "register_converter",
     "save_file",
+    "smooth",
     "summary",
 ]

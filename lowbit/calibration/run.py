@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lowbit.baselines import eval_mode, run
-from lowbit.calibration.data import Data, batches
+from lowbit.calibration.data import Data, batches, is_one_batch
 from lowbit.calibration.prepared import ObserverModule
 from lowbit.convert import ForwardFn
 
@@ -44,14 +46,11 @@ def calibrate(
     if not observers:
         raise ValueError("the model has no observers: lowbit.prepare makes a model to calibrate")
     source = batches(data, steps)
-    total = getattr(data, "__len__", lambda: None)() if isinstance(data, list) else None
-    if total is not None and steps is not None:
-        total = min(total, steps)
+    length = 1 if is_one_batch(data) else operator.length_hint(data, -1)
+    total = min((n for n in (length, steps) if n is not None and n >= 0), default=None)
     before = sum(observer.seen for observer in observers)
     with eval_mode([prepared]), torch.no_grad():
-        bar = tqdm(
-            source, desc="calibrate", unit="batch", total=total or steps, disable=None, leave=False
-        )
+        bar = tqdm(source, desc="calibrate", unit="batch", total=total, disable=None, leave=False)
         for count, batch in enumerate(bar, start=1):
             if forward_fn is not None:
                 forward_fn(prepared, batch)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import Net, trained
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lowbit
 from lowbit.calibration.prepared import ObserverModule
@@ -64,6 +65,16 @@ def test_steps():
     prepared = prepared_net()
     lowbit.calibrate(prepared, IMAGES, steps=2)
     assert chosen(prepared) == by_hand(IMAGES[:2])
+
+
+def test_loaders_that_do_not_know_their_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(IMAGES[0])
+
+    prepared = prepared_net()
+    lowbit.calibrate(prepared, DataLoader(Stream(), 2), forward_fn=lambda model, x: model(x))
+    assert chosen(prepared) == by_hand([IMAGES[0]])
 
 
 def test_forward_fn():

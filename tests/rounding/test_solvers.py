@@ -58,7 +58,9 @@ def test_the_output_error_is_smaller_than_rounding_to_nearest(name, fmt, group_s
 def test_with_inputs_that_are_independent_it_is_rounding_to_nearest(name, fmt, group_size):
     w, _ = problem_of(rows=8, k=72)
     plain = quantize_weight(w, Scheme(fmt, group_size=group_size))
-    q = quantize_weight(w, Scheme(fmt, group_size=group_size, quantizer=name), None, torch.eye(72)[None])
+    q = quantize_weight(
+        w, Scheme(fmt, group_size=group_size, quantizer=name), None, torch.eye(72)[None]
+    )
     torch.testing.assert_close(q.codes, plain.codes, rtol=0, atol=0)
     torch.testing.assert_close(dequantize_weight(q), dequantize_weight(plain), rtol=1e-3, atol=1e-6)
 
@@ -165,7 +167,9 @@ def test_padding_gets_code_0_and_changes_nothing(name, group_size):
     padded_w, padded_h = torch.zeros(4, 64), torch.zeros(1, 64, 64)
     padded_w[:, valid] = w
     padded_h[:, valid.nonzero(), valid.nonzero().T] = h
-    q = quantize_weight(padded_w, Scheme("int4", group_size=group_size, quantizer=name), valid, padded_h)
+    q = quantize_weight(
+        padded_w, Scheme("int4", group_size=group_size, quantizer=name), valid, padded_h
+    )
     assert not q.codes[:, ~valid].any()
     if group_size is None:
         alone = quantize_weight(w, Scheme("int4", quantizer=name), None, h)
