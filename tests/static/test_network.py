@@ -190,6 +190,8 @@ def test_preparing_again_and_converting_twice(images):
     assert torch.allclose(prepared(images), model(images), atol=1e-5)
     with pytest.raises(ValueError, match="calibrated"):
         lowbit.convert(lowbit.prepare(model, "w8a8-static", images))
+    with pytest.raises(ValueError, match="prepared already"):
+        lowbit.prepare(prepared, "w8a8-static", images)
     one = lowbit.convert(lowbit.calibrate(prepared, [images]))
     two = lowbit.convert(prepared)
     assert torch.equal(one(images), two(images))
