@@ -142,6 +142,7 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
         graph = captured(prepared, example_inputs, found)
         if not any(node.in_integers for node in graph.nodes):
             raise NotCaptured("none of its layers runs in integers")
+        _check_seen(graph, [name for name, module in modules.items() if id(module) in found])
         layers = {
             name: found[id(module)] for name, module in modules.items() if id(module) in found
         }
@@ -158,6 +159,16 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
         if isinstance(module, nn.Identity) and entry is not None and entry.folded:
             network.folded.append(name)
     return network
+
+
+def _check_seen(graph: Graph, layers: list[str]) -> None:
+    """Layers inside a module that is not traced into would stay float without a word."""
+    called = [str(n.target) for n in graph.module.graph.nodes if n.op == "call_module"]
+    for outer in called:
+        for layer in layers:
+            if layer.startswith(f"{outer}."):
+                kind = type(graph.module.get_submodule(outer)).__name__
+                raise NotCaptured(f"torch.fx does not look into '{outer}', a {kind}")
 
 
 def captured(model: nn.Module, example_inputs: Any, layers: Mapping[int, Learned]) -> Graph:

@@ -343,3 +343,15 @@ def test_biases_that_learn_from_the_data(images):
     plain = lowbit.quantize(model, "w2a8-static", calibration=[images])
     assert isinstance(found, Network)
     assert not torch.equal(found.mix.bias, plain.mix.bias)
+
+
+def test_layers_that_torch_fx_does_not_see():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), encoder).eval()
+    tokens = torch.randn(2, 5, 16)
+    prepared = lowbit.prepare(model, "w8a8-static", tokens)
+    assert not isinstance(prepared, PreparedNetwork)
+    found = lowbit.convert(lowbit.calibrate(prepared, [tokens]))
+    rows = {row.name: row for row in lowbit.summary(found).rows}
+    assert rows["1.linear1"].converted
+    assert "does not look into '1', a TransformerEncoderLayer" in rows["0"].note
