@@ -89,13 +89,13 @@ def test_large_images_give_some_of_their_positions():
 
 
 @pytest.mark.parametrize("module", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a1"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a1", "w4a8-static", "w4a16-static"])
 def test_rounded_rows_are_what_the_kernel_sees(module, scheme):
     """With the values of the codes they give the lowbit layer's outputs."""
-    layer = lowbit.quantize(module, scheme)
     x = images(2, 6, 7)
     x = x[:, :, 0] if isinstance(module, nn.Conv1d) else x
     x = x.movedim(1, -1) if isinstance(module, nn.Linear) else x
+    layer = lowbit.quantize(module, scheme, calibration=[x] if "static" in scheme else None)
     rows = rows_of(layer, x, 0, rounded=True)
     matrix = dequantize_weight(layer.quantized_weight())
     found = rows @ matrix.view(len(rows), -1, matrix.shape[1]).transpose(1, 2)
@@ -138,6 +138,15 @@ def test_outputs_on_other_data_come_nearer(scheme):
     assert type(better.features[0]) is lowbit.nn.Conv2d
     assert better.features[0].scheme.name == scheme
     assert better.features[0].epilogue == "relu"
+
+
+def test_static_activations_and_weights_learn_from_the_same_data():
+    model = Net()
+    plain = lowbit.quantize(model, "w2a8-static", calibration=data())
+    better = lowbit.quantize(model, "w2a8-static-descent", calibration=data())
+    assert error(model, better) < 0.7 * error(model, plain)
+    assert better.head.scheme.name == "w2a8-static-descent"
+    assert float(better.head.activation_scale) > 0
 
 
 def test_the_same_in_place_by_a_generator_and_in_a_file(tmp_path):

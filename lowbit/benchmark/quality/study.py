@@ -77,8 +77,8 @@ def _first(output: Any) -> Tensor:
 
 
 _MIXED = {
-    "re:_conv_stem|.*_depthwise_conv": "w8a8-gptq",
-    "_fc": "w2a8-g32-descent",
+    "_fc": "w2a8-g64-descent",
+    r"re:_conv_stem|_blocks\.[0-7]\._(expand|project)_conv": "w8a8",
 }
 
 
@@ -118,6 +118,7 @@ NETWORKS: Mapping[str, Network] = {
         {"w8a8": 98.0, "w4a8": 85.0, "mixed": 93.0},
         [
             Method("w8a8", goal="w8a8"),
+            *_curve("w8a8", "w8a8", "gptq+bias"),
             *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
