@@ -275,3 +275,42 @@ def test_a_group_of_convolutions_has_moments_of_its_own():
     expected = torch.stack([r.double().T @ r.double() / 50 for r in rows])
     torch.testing.assert_close(moments.hessian(False).double(), expected, rtol=1e-5, atol=1e-6)
     assert dequantize_weight(layer.quantized_weight()).shape == (8, 18)
+
+
+def test_a_bare_layer_and_other_dtypes():
+    x = [torch.randn(50, 24) @ torch.randn(24, 24) for _ in range(3)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        layer = nn.Linear(24, 8).to(dtype)
+        batches = [batch.to(dtype) for batch in x]
+        plain = lowbit.quantize(layer, "w2a8")
+        better = lowbit.quantize(layer, "w2a8-gptq", calibration=batches)
+        with torch.no_grad():
+            wanted = layer(batches[0]).float()
+            errors = [(side(batches[0]).float() - wanted).norm() for side in (better, plain)]
+        assert errors[0] < errors[1]
+
+
+def test_tied_weights_are_rounded_for_the_inputs_of_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    model[2].weight = model[0].weight
+    x = [torch.randn(64, 16) for _ in range(3)]
+    q = lowbit.quantize(model, "w2a8-gptq", calibration=x)
+    assert q[0].weight_packed is not q[2].weight_packed
+    assert not torch.equal(q[0].weight_packed, q[2].weight_packed)
+    plain = lowbit.quantize(model, "w2a8", calibration=x, correct_bias=True)
+    assert plain[0].weight_packed is plain[2].weight_packed
+
+
+def test_a_model_that_takes_another_path_is_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.one(x) if self.calls > 2 else self.two(self.one(x))
+
+    with pytest.raises(ValueError, match="takes the same path each time"):
+        lowbit.quantize(Fickle(), "w4a8-gptq", calibration=[torch.randn(8, 4)] * 2)
