@@ -167,7 +167,7 @@ def _render(found: Found) -> str:
         [
             f"{found.model}: {found.budget}",
             table,
-            ", ".join(f"{count} layers {name}" for name, count in counts.most_common()),
+            "layers: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()),
             layers,
             closing,
         ]
