@@ -1,4 +1,4 @@
-"""`lowbit sensitivity`, `lowbit search`, `lowbit convert --schemes` and --task on the command line."""
+"""`lowbit sensitivity`, `search` and `convert --schemes`, and --task, on the command line."""
 
 import json
 import sys
