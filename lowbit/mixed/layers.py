@@ -147,8 +147,11 @@ class Workbench:
         for done, (name, scheme) in enumerate(schemes.items()):
             report(f"converting to {name}", done / len(schemes))
             self._add(found, name, scheme)
-        order = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        self.layers = sorted(found.values(), key=lambda layer: order.index(layer.name))
+        self._names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(id(module), []).append(name)
+        order = {names[0]: place for place, names in enumerate(self._names.values())}
+        self.layers = sorted(found.values(), key=lambda layer: order[layer.name])
         if not self.layers:
             raise ValueError("the model has no layer that these schemes convert")
         self._slots = child_slots(model)
@@ -215,6 +218,14 @@ class Workbench:
         """Parameters and buffers of the whole model, tensors that are shared counted once."""
         self.set(assignment)
         return weight_bytes(self.model)
+
+    def overrides(self, assignment: Assignment) -> dict[str, str | None]:
+        """The assignment for `quantize`, under every name that a layer has in the model."""
+        return {
+            name: assignment.get(layer.name)
+            for layer in self.layers
+            for name in self._names[id(layer.module)]
+        }
 
     def uniform(self, scheme: str) -> dict[str, str | None]:
         """The assignment of one scheme to every layer that it converts."""

@@ -174,7 +174,7 @@ def search_many(
                 run.uniform(name, final.float_seconds if latency else None, measured)
                 for name in names
             ]
-            overrides = choices.assignment(final.choice)
+            overrides = measurer.bench.overrides(choices.assignment(final.choice))
             found = Found(
                 model=type(model).__name__,
                 budget=str(wanted),
@@ -184,9 +184,9 @@ def search_many(
                 float_bytes=measurer.bench.bytes({}),
                 bytes=final.bytes,
                 quality=final.quality,
-                float_seconds=final.float_seconds if latency else None,
-                seconds=final.seconds if latency else None,
-                speedup=final.speedup if latency else None,
+                float_seconds=final.float_seconds,
+                seconds=final.seconds,
+                speedup=final.speedup,
                 uniform=tuple(uniform),
                 front=run.front(cost, latency, final.float_seconds, names),
                 threads=torch.get_num_threads(),
@@ -358,8 +358,8 @@ class _Run:
     def _convert(self, trial: Trial) -> _Final:
         """Converts the model for good, and measures that."""
         model = self._model_in_float()
-        assignment = self._choices.assignment(trial.choice)
-        copy = self._conversion.quantize(model, None, assignment)
+        overrides = self._measurer.bench.overrides(self._choices.assignment(trial.choice))
+        copy = self._conversion.quantize(model, None, overrides)
         with eval_mode([copy]):
             quality = self._measurer.quality_of(copy)
             before, after = self._measurer.time_models([model, copy], self._seconds)

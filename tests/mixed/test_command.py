@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import cli
+from lowbit import cli, timing
 
 MODELS = """
 import mixed_nets
@@ -26,6 +26,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "zoo.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    real = timing.alternate
+    monkeypatch.setattr(timing, "alternate", lambda sides, **_: real(sides, max_rounds=10))
     yield tmp_path
     sys.modules.pop("zoo", None)
 

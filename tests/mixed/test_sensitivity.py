@@ -149,7 +149,7 @@ def test_shared_layers_and_layers_that_are_not_called():
     assert {layer.name: layer.calls for layer in found.layers} == {"a": 2, "unused": 0}
     assert found["a"].float_seconds == 4.0
     assert found["unused"].schemes["w4a8"].speedup is None
-    assert found["a"].schemes["w4a8"].alone == _quality(model, {"a": "w4a8"}, [x])
+    assert found["a"].schemes["w4a8"].alone == _quality(model, {"re:[ab]": "w4a8"}, [x])
 
 
 def test_a_transformer_layer_is_measured_with_its_lowbit_layers():
