@@ -84,6 +84,7 @@ def test_shares_of_bytes():
         assert 0.5 * limit < found.bytes <= limit
 
 
+@pytest.mark.filterwarnings("ignore:no layer was converted")
 def test_layers_that_would_be_slower_stay_float():
     model, data = net(), batches(1)
     found = lowbit.search(model, data, "100%", ["w2a8"], front=0)
