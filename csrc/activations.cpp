@@ -8,13 +8,22 @@
 namespace lowbit {
 namespace {
 
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-
 // The largest codes: 127, and 127 * 256 + 127, the largest whose two bytes are signed and never
 // -128 in the high one.
 constexpr float kMax8 = 127.0f, kMax16 = 32639.0f;
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
 }  // namespace
+
+UnitScale fixed_scale(const StaticActivation* fixed) {
+  if (!fixed) return {0.0f, 0.0f};
+  return {fixed->scale, 1.0f / fixed->scale, fixed->zero, true};
+}
+
+float scale_of(const UnitScale& unit, uint32_t seen) {
+  return unit.fixed && seen >= kInfinityBits ? kNaN : unit.scale;
+}
 
 uint32_t unit_amax(const Kernel& kernel, Activation activation, const float* x, int64_t n) {
   return activation == Activation::binary ? 0 : kernel.amax_bits(x, n);
@@ -22,7 +31,7 @@ uint32_t unit_amax(const Kernel& kernel, Activation activation, const float* x, 
 
 UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax, const float* x,
                      int64_t n) {
-  constexpr UnitScale kNotFinite{std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  constexpr UnitScale kNotFinite{kNaN, 0.0f};
   if (activation == Activation::binary) {
     // A finite sum has finite terms; another one may have overflowed.
     const float sum = n == 0 ? 0.0f : kernel.abs_sum(x, n);
@@ -38,9 +47,12 @@ UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax,
   return {scale, 1.0f / scale};
 }
 
-void encode(const Kernel& kernel, Activation activation, const UnitScale& unit, const float* x,
-            int64_t n, int8_t* q, int8_t* lo) {
+uint32_t encode(const Kernel& kernel, Activation activation, const UnitScale& unit, const float* x,
+                int64_t n, int8_t* q, int8_t* lo) {
   const bool two = activation == Activation::int16;
+  if (unit.fixed && activation != Activation::binary)
+    return two ? kernel.saturate16(x, n, unit.inverse, q, lo)
+               : kernel.saturate8(x, n, unit.inverse, unit.zero, q);
   if (unit.inverse == 0.0f) {
     std::memset(q, 0, static_cast<size_t>(n));
     if (two) std::memset(lo, 0, static_cast<size_t>(n));
@@ -51,6 +63,13 @@ void encode(const Kernel& kernel, Activation activation, const UnitScale& unit, 
   } else {
     kernel.quantize8(x, n, unit.inverse, q);
   }
+  return unit.fixed ? kernel.amax_bits(x, n) : 0;
+}
+
+uint32_t encode_bits(const Kernel& kernel, const UnitScale& unit, const float* x, int64_t n,
+                     uint32_t* bits) {
+  kernel.binarize_bits(x, n, bits);
+  return unit.fixed ? kernel.amax_bits(x, n) : 0;
 }
 
 }  // namespace lowbit

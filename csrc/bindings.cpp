@@ -1,12 +1,16 @@
 // pybind11 only: check, unwrap, release the GIL, call lowbit.h. No torch header: tensors arrive as
 // addresses, so one build works with every torch.
+#include "bindings.h"
+
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -18,14 +22,6 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace lowbit {
-namespace {
-
-using Address = uintptr_t;
-using Codes = py::array_t<uint8_t, py::array::c_style>;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
 
 Format format_of(int index) {
   require(index >= 0 && index < kFormatCount,
@@ -37,29 +33,6 @@ Activation activation_of(int index) {
   require(index >= 0 && index < kActivationCount,
           "activation index " + std::to_string(index) + " is out of range");
   return static_cast<Activation>(index);
-}
-
-template <class List>
-std::string joined(const List& names) {
-  std::string s;
-  for (const auto& name : names) s += (s.empty() ? "" : ", ") + std::string(name);
-  return s;
-}
-
-Format format_named(const std::string& name) {
-  std::vector<std::string> names;
-  for (int i = 0; i < kFormatCount; ++i) {
-    if (name == kFormats[i].name) return static_cast<Format>(i);
-    names.emplace_back(kFormats[i].name);
-  }
-  throw py::value_error("format '" + name + "' is unknown; use one of: " + joined(names));
-}
-
-Activation activation_named(const std::string& name) {
-  for (int i = 0; i < kActivationCount; ++i)
-    if (name == kActivations[i]) return static_cast<Activation>(i);
-  throw py::value_error("activation '" + name +
-                        "' is unknown; use one of: " + joined(kActivations));
 }
 
 Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Address packed,
@@ -85,16 +58,63 @@ Weights make_weights(int format, int64_t n, int64_t k, int64_t group_size, Addre
           static_cast<Epilogue>(epilogue)};
 }
 
+namespace {
+
+using Codes = py::array_t<uint8_t, py::array::c_style>;
+
+template <class List>
+std::string joined(const List& names) {
+  std::string s;
+  for (const auto& name : names) s += (s.empty() ? "" : ", ") + std::string(name);
+  return s;
+}
+
+Format format_named(const std::string& name) {
+  std::vector<std::string> names;
+  for (int i = 0; i < kFormatCount; ++i) {
+    if (name == kFormats[i].name) return static_cast<Format>(i);
+    names.emplace_back(kFormats[i].name);
+  }
+  throw py::value_error("format '" + name + "' is unknown; use one of: " + joined(names));
+}
+
+Activation activation_named(const std::string& name) {
+  for (int i = 0; i < kActivationCount; ++i)
+    if (name == kActivations[i]) return static_cast<Activation>(i);
+  throw py::value_error("activation '" + name +
+                        "' is unknown; use one of: " + joined(kActivations));
+}
+
+// Parameters that do not depend on the input; a scale of 0: there are none.
+std::optional<StaticActivation> fixed_of(Activation activation, float scale, int zero) {
+  if (scale == 0.0f && zero == 0) return std::nullopt;
+  require(scale >= FLT_MIN && scale <= 1.0f / FLT_MIN,
+          "activation scale " + std::to_string(scale) +
+              " is not positive, or too small or too large to divide by");
+  require(activation == Activation::int8 ? zero >= -128 && zero <= 127 : zero == 0,
+          "activation zero point " + std::to_string(zero) +
+              (activation == Activation::int8 ? " is not in -128..127"
+                                              : " must be 0: the activation has none"));
+  return StaticActivation{scale, zero};
+}
+
+const StaticActivation* pointer(const std::optional<StaticActivation>& fixed) {
+  return fixed ? &*fixed : nullptr;
+}
+
 void call_linear(Address x, int64_t m, Address y, int format, int activation, int64_t n, int64_t k,
                  int64_t group_size, Address packed, Address scale, Address group_scale,
-                 Address group_zero, Address bias, int threads, int epilogue) {
+                 Address group_zero, Address bias, int threads, int epilogue,
+                 float activation_scale, int activation_zero) {
   const Weights w = make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero,
                                  bias, epilogue);
   const Activation a = activation_of(activation);
   require(m >= 0 && threads >= 1, "m >= 0 and threads >= 1 are required");
   require((x != 0 || m * k == 0) && (y != 0 || m * n == 0), "the address of x or y is 0");
+  const auto fixed = fixed_of(a, activation_scale, activation_zero);
   py::gil_scoped_release release;
-  linear(reinterpret_cast<const float*>(x), m, w, a, reinterpret_cast<float*>(y), threads);
+  linear(reinterpret_cast<const float*>(x), m, w, a, reinterpret_cast<float*>(y), threads,
+         pointer(fixed));
 }
 
 py::object owned(PyObject* result) {
@@ -114,10 +134,12 @@ bool call_bind_torch(const py::object& tensor_type, const py::object& parameter_
 py::object direct_linear(const py::tuple& tensors, const py::dict& settings, int format,
                          int activation, int64_t n, int64_t k, int64_t group_size, Address packed,
                          Address scale, Address group_scale, Address group_zero, Address bias,
-                         int epilogue) {
+                         int epilogue, float activation_scale, int activation_zero) {
   const Weights w = make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero,
                                  bias, epilogue);
-  return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), nullptr));
+  const Activation a = activation_of(activation);
+  const auto fixed = fixed_of(a, activation_scale, activation_zero);
+  return owned(make_direct(w, a, pointer(fixed), tensors.ptr(), settings.ptr(), nullptr));
 }
 
 constexpr size_t kGeometrySize = 16;
@@ -158,7 +180,8 @@ Conv2dGeometry make_geometry(const std::vector<int64_t>& v, bool x_channels_last
 void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int format,
                  int activation, int64_t group_size, Address packed, Address scale,
                  Address group_scale, Address group_zero, Address bias, int threads,
-                 bool x_channels_last, bool y_channels_last, int epilogue) {
+                 bool x_channels_last, bool y_channels_last, int epilogue, float activation_scale,
+                 int activation_zero) {
   const Conv2dGeometry g = make_geometry(geometry, x_channels_last, y_channels_last);
   const Weights w =
       make_weights(format, g.out_channels, conv2d_depth(format_of(format), g), group_size, packed,
@@ -170,21 +193,52 @@ void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int
   require((x != 0 || inputs == 0) &&
               (y != 0 || g.batch * g.out_height * g.out_width * g.out_channels == 0),
           "the address of x or y is 0");
+  const auto fixed = fixed_of(a, activation_scale, activation_zero);
   py::gil_scoped_release release;
-  conv2d(reinterpret_cast<const float*>(x), g, w, a, reinterpret_cast<float*>(y), threads);
+  conv2d(reinterpret_cast<const float*>(x), g, w, a, reinterpret_cast<float*>(y), threads,
+         pointer(fixed));
 }
 
 py::object direct_conv2d(const py::tuple& tensors, const py::dict& settings,
                          const std::vector<int64_t>& geometry, int64_t pad_bottom,
                          int64_t pad_right, int format, int activation, int64_t group_size,
                          Address packed, Address scale, Address group_scale, Address group_zero,
-                         Address bias, int epilogue) {
+                         Address bias, int epilogue, float activation_scale, int activation_zero) {
   require(pad_bottom >= 0 && pad_right >= 0, "negative padding");
   const DirectConv2d c{make_geometry(geometry, true, true), pad_bottom, pad_right};
   const Weights w =
       make_weights(format, c.geometry.out_channels, conv2d_depth(format_of(format), c.geometry),
                    group_size, packed, scale, group_scale, group_zero, bias, epilogue);
-  return owned(make_direct(w, activation_of(activation), tensors.ptr(), settings.ptr(), &c));
+  const Activation a = activation_of(activation);
+  const auto fixed = fixed_of(a, activation_scale, activation_zero);
+  return owned(make_direct(w, a, pointer(fixed), tensors.ptr(), settings.ptr(), &c));
+}
+
+void linear_static_bias(Address out, float activation_scale, int activation_zero, int threads,
+                        int format, int activation, int64_t n, int64_t k, int64_t group_size,
+                        Address packed, Address scale, Address group_scale, Address group_zero,
+                        Address bias) {
+  const Weights w =
+      make_weights(format, n, k, group_size, packed, scale, group_scale, group_zero, bias, 0);
+  const auto fixed = fixed_of(activation_of(activation), activation_scale, activation_zero);
+  require(fixed.has_value() && threads >= 1, "an activation scale and threads >= 1 are required");
+  require(out != 0 || n == 0, "the address of the output is 0");
+  py::gil_scoped_release release;
+  static_bias(w, *fixed, reinterpret_cast<float*>(out), threads);
+}
+
+void conv2d_static_bias(Address out, float activation_scale, int activation_zero, int threads,
+                        const std::vector<int64_t>& geometry, int format, int activation,
+                        int64_t group_size, Address packed, Address scale, Address group_scale,
+                        Address group_zero, Address bias) {
+  const Conv2dGeometry g = make_geometry(geometry, true, true);
+  const Weights w = make_weights(format, g.out_channels, conv2d_depth(format_of(format), g),
+                                 group_size, packed, scale, group_scale, group_zero, bias, 0);
+  const auto fixed = fixed_of(activation_of(activation), activation_scale, activation_zero);
+  require(fixed.has_value() && threads >= 1, "an activation scale and threads >= 1 are required");
+  require(out != 0 || g.out_channels == 0, "the address of the output is 0");
+  py::gil_scoped_release release;
+  static_bias(w, g, *fixed, reinterpret_cast<float*>(out), threads);
 }
 
 Codes call_pack(const Codes& codes, const std::string& format_name) {
@@ -327,22 +381,32 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("linear", &call_linear, "x"_a, "m"_a, "y"_a, "format"_a, "activation"_a, "n"_a, "k"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
-        "threads"_a, "epilogue"_a = 0);
+        "threads"_a, "epilogue"_a = 0, "activation_scale"_a = 0.0f, "activation_zero"_a = 0);
   m.def("conv2d", &call_conv2d, "x"_a, "y"_a, "geometry"_a, "format"_a, "activation"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,
-        "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true, "epilogue"_a = 0);
+        "threads"_a, "x_channels_last"_a = true, "y_channels_last"_a = true, "epilogue"_a = 0,
+        "activation_scale"_a = 0.0f, "activation_zero"_a = 0);
+  m.def("linear_static_bias", &linear_static_bias, "out"_a, "activation_scale"_a,
+        "activation_zero"_a, "threads"_a, "format"_a, "activation"_a, "n"_a, "k"_a, "group_size"_a,
+        "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a);
+  m.def("conv2d_static_bias", &conv2d_static_bias, "out"_a, "activation_scale"_a,
+        "activation_zero"_a, "threads"_a, "geometry"_a, "format"_a, "activation"_a, "group_size"_a,
+        "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a);
 
   m.def("bind_torch", &call_bind_torch, "tensor_type"_a, "parameter_type"_a, "float32"_a,
         "get_num_threads"_a, "questions"_a);
   m.def("direct_linear", &direct_linear, "tensors"_a, "settings"_a, "format"_a, "activation"_a,
         "n"_a, "k"_a, "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a,
-        "bias"_a, "epilogue"_a = 0);
+        "bias"_a, "epilogue"_a = 0, "activation_scale"_a = 0.0f, "activation_zero"_a = 0);
   m.def("direct_conv2d", &direct_conv2d, "tensors"_a, "settings"_a, "geometry"_a, "pad_bottom"_a,
         "pad_right"_a, "format"_a, "activation"_a, "group_size"_a, "packed"_a, "scale"_a,
-        "group_scale"_a, "group_zero"_a, "bias"_a, "epilogue"_a = 0);
+        "group_scale"_a, "group_zero"_a, "bias"_a, "epilogue"_a = 0, "activation_scale"_a = 0.0f,
+        "activation_zero"_a = 0);
 
   m.def("fit_scales", &call_fit_scales, "x"_a, "mask"_a, "units"_a, "masks"_a, "length"_a,
         "scale"_a, "format"_a, "low"_a, "high"_a, "out"_a, "threads"_a);
+
+  bind_program(m);
 
   m.def("probe", &probe, "what"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "seconds"_a,

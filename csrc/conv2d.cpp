@@ -87,7 +87,7 @@ class Layer {
     if (depthwise_)
       depthwise(kernel_, g, weights_, depth_, *depthwise_, images_, image, first / g.out_width,
                 (first + count) / g.out_width, y);
-    if (grouped_) grouped_->run(images_, image, first, count, y, scratch);
+    if (grouped_) grouped_->run(images_, image, first, count, y, nullptr, scratch);
     if (depthwise_ || grouped_)
       return kernel_.apply(weights_.epilogue, count, g.out_channels, y, g.out_channels);
     Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
@@ -110,7 +110,7 @@ class Layer {
 
 // As many images as one pass quantizes at once.
 void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights,
-                 Activation activation, float* y, int threads) {
+                 Activation activation, float* y, int threads, const UnitScale& fixed) {
   const int64_t pixels = g.out_height * g.out_width;
   const Kernel& kernel = lowbit::kernel();
   const Depth depth(weights.format, weights.k, weights.group_size);
@@ -121,7 +121,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
                         !g.depthwise() && width >= traits(weights.format).depth() &&
                         !weights.group_zero;
   static thread_local Scratch scratch, weights_scratch;
-  Images images(kernel, g, activation, use_bits, tap_channels(weights.format, width),
+  Images images(kernel, g, activation, fixed, use_bits, tap_channels(weights.format, width),
                 !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth),
                 scratch);
   const Layer layer(kernel, g, weights, depth, activation, images, weights_scratch);
@@ -166,7 +166,8 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
 }  // namespace
 
 void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Activation activation,
-            float* y, int threads) {
+            float* y, int threads, const StaticActivation* fixed) {
+  const UnitScale unit = fixed_scale(fixed);
   const int64_t in = g.height * g.width * g.channels,
                 out = g.out_height * g.out_width * g.out_channels;
   if (out == 0) return;
@@ -176,7 +177,7 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   Conv2dGeometry pass = g;
   for (int64_t first = 0; first < g.batch; first += images) {
     pass.batch = std::min(images, g.batch - first);
-    conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads);
+    conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit);
   }
 }
 

@@ -71,7 +71,7 @@ class Depthwise {
  public:
   Depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
             const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
-            Scratch& scratch)
+            const CodeImage* codes, Scratch& scratch)
       : kernel_(kernel),
         geometry_(geometry),
         weights_(weights),
@@ -79,15 +79,21 @@ class Depthwise {
         expanded_(expanded),
         images_(images),
         whole_(geometry.out_channels / kPanel * kPanel),
-        in_tile_(!weights.group_scale && images.planes() == 1) {
+        in_tile_(!weights.group_scale && images.planes() == 1),
+        codes_(codes),
+        in_registers_(codes && in_tile_ && codes->in_registers()) {
     const int64_t tile = in_tile_ ? 0 : int64_t{kTilePixels} * kernel.nr;
-    const int64_t scales = depth.groups * kernel.nr, channels = images.pitch();
+    const int64_t scales = depth.groups * kernel.nr,
+                  channels = round_up(geometry.out_channels, kPanel);
+    const int64_t floats = codes && !in_registers_ ? expanded.outputs() * geometry.out_width : 0;
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
                 piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),
                 piece(row_scale_, kTilePixels), piece(rows_, expanded.quads() * 4),
                 piece(columns_, images.width() * expanded.quads() * kernel.column_bytes),
                 piece(scale_, channels), piece(bias_, channels),
-                piece(last_, expanded.outputs() * geometry.out_width * kPanel));
+                piece(last_, expanded.outputs() * geometry.out_width * kPanel),
+                piece(floats_, floats * geometry.out_channels), piece(q_, floats),
+                piece(residual_, floats));
     std::fill_n(scale_, channels, 0.0f);
     std::fill_n(bias_, channels, 0.0f);
     if (weights.bias) std::copy_n(weights.bias, geometry.out_channels, bias_);
@@ -102,6 +108,7 @@ class Depthwise {
     tile_.stride = geometry.stride_w;
     tile_.columns = columns_;
     tile_.w_stride = expanded.panel_bytes();
+    if (in_registers_) tile_.requantize = codes->to;
   }
 
   void run(int64_t image, int64_t begin, int64_t end, float* y) {
@@ -111,11 +118,14 @@ class Depthwise {
     const int64_t row = geometry_.out_width * geometry_.out_channels;
     for (int64_t at = begin; at < end;) {
       const int count = static_cast<int>(std::min<int64_t>(expanded_.outputs(), end - at));
-      float* const out = y + (at - begin) * row;
-      if (in_tile_)
+      float* const out = codes_ ? floats_ : y + (at - begin) * row;
+      if (in_registers_)
+        run_codes(at, count);
+      else if (in_tile_)
         run_tile(image, at, count, out);
       else
         run_in_parts(image, at, out);
+      if (codes_ && !in_registers_) requantize(at, count);
       at += count;
     }
   }
@@ -127,6 +137,29 @@ class Depthwise {
     const int64_t top = row * geometry_.stride_h, last = images_.height() - 1;
     for (int64_t i = 0; i < expanded_.quads() * 4; ++i)
       rows_[i] = images_.pixel(image, plane, std::min(top + i * geometry_.dilation_h, last), x);
+  }
+
+  void run_codes(int64_t row, int count) {
+    set_rows(0, 0, row, 0);
+    set_panels(0, static_cast<int>(packed_panels(geometry_.out_channels)), 0);
+    tile_.outputs = count;
+    tile_.q = codes_->q + row * codes_->row;
+    tile_.y_pitch = codes_->pixel;
+    tile_.y_row = codes_->row;
+    kernel_.depthwise(tile_);
+  }
+
+  // Rows of outputs, from floats_.
+  void requantize(int64_t row, int count) {
+    const int64_t width = geometry_.out_width, channels = geometry_.out_channels;
+    for (int64_t i = 0; i < count * width; ++i) {
+      const int64_t y = row + i / width, x = i % width;
+      q_[i] = codes_->q + y * codes_->row + x * codes_->pixel;
+      if (codes_->residual)
+        residual_[i] = codes_->residual + y * codes_->residual_row + x * codes_->residual_pixel;
+    }
+    kernel_.requantize(*codes_->to, count * width, channels, 0, floats_, channels,
+                       codes_->residual ? residual_ : nullptr, q_);
   }
 
   void run_tile(int64_t image, int64_t row, int count, float* y) {
@@ -225,21 +258,27 @@ class Depthwise {
   const Images& images_;
   const int64_t whole_;  // channels of whole panels
   const bool in_tile_;   // the microkernel ends with outputs
+  const CodeImage* const codes_;
+  const bool in_registers_;
   DepthwiseTile tile_{};
   int32_t* acc_;
   float *value_, *total_, *group_scale_, *group_zero_, *row_scale_, *scale_, *bias_, *last_;
   double* wide_;
   const int8_t** rows_;
   uint8_t* columns_;
+  float* floats_;
+  int8_t** q_;
+  const int8_t** residual_;
 };
 
 }  // namespace
 
 void depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
                const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
-               int64_t image, int64_t begin, int64_t end, float* y) {
+               int64_t image, int64_t begin, int64_t end, float* y, const CodeImage* codes) {
   static thread_local Scratch scratch;
-  Depthwise(kernel, geometry, weights, depth, expanded, images, scratch).run(image, begin, end, y);
+  Depthwise(kernel, geometry, weights, depth, expanded, images, codes, scratch)
+      .run(image, begin, end, y);
 }
 
 }  // namespace lowbit

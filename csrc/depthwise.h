@@ -40,9 +40,11 @@ class DepthwiseWeights {
   int32_t* seed_;
 };
 
-// Output rows [begin, end) of an image, all channels, to y [rows][out_width][out_channels].
+// Output rows [begin, end) of an image, all channels, to y [rows][out_width][out_channels] or to
+// `codes`.
 void depthwise(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
                const Depth& depth, const DepthwiseWeights& expanded, const Images& images,
-               int64_t image, int64_t begin, int64_t end, float* y);
+               int64_t image, int64_t begin, int64_t end, float* y,
+               const CodeImage* codes = nullptr);
 
 }  // namespace lowbit

@@ -4,49 +4,15 @@
 
 #include <climits>
 #include <cstddef>
+#include <cstring>
 #include <exception>
 #include <new>
 
+#include "dlpack.h"
 #include "parallel.h"
 
 namespace lowbit {
 namespace {
-
-// --- DLPack's exchange table (version 1), as far as it is used -----------------------------------
-
-struct DataType {
-  uint8_t code, bits;
-  uint16_t lanes;
-
-  bool operator==(const DataType& other) const {
-    return code == other.code && bits == other.bits && lanes == other.lanes;
-  }
-};
-
-constexpr DataType kFloat32{2, 32, 1}, kFloat16{2, 16, 1}, kBfloat16{4, 16, 1}, kFloat64{2, 64, 1};
-constexpr int32_t kCpu = 1;
-
-struct View {
-  char* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  DataType dtype;
-  int64_t* shape;
-  int64_t* strides;  // in elements; null: contiguous
-  uint64_t byte_offset;
-};
-static_assert(sizeof(void*) != 8 || sizeof(View) == 48, "DLTensor's layout");
-
-struct Header {
-  uint32_t major, minor;
-  Header* older;
-};
-
-struct ExchangeTable {
-  Header header;
-  void* not_used[3];
-  int (*view)(void* tensor, View* out);  // 0, or -1 with a Python error; borrows from the tensor
-};
 
 // --- What is needed of torch ---------------------------------------------------------------------
 
@@ -58,9 +24,9 @@ struct Torch {
 Torch torch{};  // set once, under the GIL; never released: torch is not unloaded
 
 // Names of attributes and buffers, interned.
-constexpr int kTensors = 5;
+constexpr int kWeightTensors = 5, kTensors = 7;
 struct Names {
-  PyObject *buffers, *training, *requires_grad, *dtype, *tensors[kTensors];
+  PyObject *buffers, *training, *requires_grad, *dtype, *version, *tensors[kTensors];
 } names{};
 
 bool intern(PyObject*& name, const char* text) {
@@ -70,9 +36,12 @@ bool intern(PyObject*& name, const char* text) {
 bool intern_names() {
   return intern(names.buffers, "_buffers") && intern(names.training, "training") &&
          intern(names.requires_grad, "requires_grad") && intern(names.dtype, "dtype") &&
-         intern(names.tensors[0], "weight_packed") && intern(names.tensors[1], "weight_scale") &&
+         intern(names.version, "_version") && intern(names.tensors[0], "weight_packed") &&
+         intern(names.tensors[1], "weight_scale") &&
          intern(names.tensors[2], "weight_group_scale") &&
-         intern(names.tensors[3], "weight_group_zero") && intern(names.tensors[4], "bias");
+         intern(names.tensors[3], "weight_group_zero") && intern(names.tensors[4], "bias") &&
+         intern(names.tensors[5], "activation_scale") &&
+         intern(names.tensors[6], "activation_zero");
 }
 
 // An owned reference.
@@ -121,26 +90,6 @@ bool read(PyObject* tensor, View& view) {
   return view.device_type == kCpu;
 }
 
-// Whether dimensions in the order of `order` (outermost first) lie one after the other.
-bool is_dense(const View& v, const int* order) {
-  if (!v.strides) return false;
-  int64_t expected = 1;
-  for (int i = v.ndim - 1; i >= 0; --i) {
-    const int d = order ? order[i] : i;
-    if (v.shape[d] != 1 && v.strides[d] != expected) return false;
-    expected *= v.shape[d];
-  }
-  return true;
-}
-
-bool is_contiguous(const View& v) { return !v.strides || is_dense(v, nullptr); }
-
-int64_t numel(const View& v) {
-  uint64_t count = 1;  // of a tensor without elements the other sizes may overflow
-  for (int i = 0; i < v.ndim; ++i) count *= static_cast<uint64_t>(v.shape[i]);
-  return static_cast<int64_t>(count);
-}
-
 // --- The callable --------------------------------------------------------------------------------
 
 // A tensor of the layer as it was checked.
@@ -157,12 +106,25 @@ struct Operand {
   }
 };
 
+// How often a tensor was written to, as torch counts; -1 where it does not (inference tensors).
+long version_of(PyObject* tensor) {
+  if (tensor == Py_None) return -1;
+  Owned count(PyObject_GetAttr(tensor, names.version));
+  const long version = count.object ? PyLong_AsLong(count.object) : -1;
+  PyErr_Clear();
+  return version;
+}
+
 struct Direct {
   PyObject head;
   vectorcallfunc vectorcall;
   PyObject* settings;
   PyObject* out_features;
   Operand operands[kTensors];
+  int tensors;                    // of them in use
+  PyObject* static_bias;          // what weights.bias points to, or None: it is an operand
+  long versions[kWeightTensors];  // of what the static bias is made of
+  StaticActivation fixed;
   Weights weights;
   Activation activation;
   bool is_conv2d;
@@ -171,14 +133,31 @@ struct Direct {
 
 PyObject* decline() { Py_RETURN_NONE; }
 
+const StaticActivation* fixed_of(const Direct& self) {
+  return self.tensors == kTensors ? &self.fixed : nullptr;
+}
+
+template <class T>
+bool holds(const Operand& operand, T value) {
+  T found;
+  std::memcpy(&found, operand.data, sizeof(found));
+  return found == value;
+}
+
 // Whether the layer is what it was when it was checked.
 bool is_same_layer(const Direct& self, PyObject* attributes) {
   PyObject* const buffers = PyDict_GetItemWithError(attributes, names.buffers);
   if (!buffers || !PyDict_Check(buffers)) return false;
-  for (int i = 0; i < kTensors; ++i)
+  for (int i = 0; i < self.tensors; ++i)
     if (PyDict_GetItemWithError(buffers, names.tensors[i]) != self.operands[i].tensor ||
         !self.operands[i].is_same())
       return false;
+  if (fixed_of(self) && !(holds(self.operands[5], self.fixed.scale) &&
+                          holds(self.operands[6], int32_t{self.fixed.zero})))
+    return false;
+  if (self.static_bias != Py_None)
+    for (int i = 0; i < kWeightTensors; ++i)
+      if (version_of(self.operands[i].tensor) != self.versions[i]) return false;
   PyObject *name, *value;
   for (Py_ssize_t at = 0; PyDict_Next(self.settings, &at, &name, &value);)
     if (PyDict_GetItemWithError(attributes, name) != value) return false;
@@ -247,20 +226,9 @@ PyObject* linear_call(const Direct& self, PyObject* x, const View& in) {
   if (!is_tensor(y.object) || !read(y.object, out)) return decline();
   const bool done = run(m * w.n * w.k, [&](int threads) {
     linear(reinterpret_cast<const float*>(in.data), m, w, self.activation,
-           reinterpret_cast<float*>(out.data), threads);
+           reinterpret_cast<float*>(out.data), threads, fixed_of(self));
   });
   return done ? y.release() : nullptr;
-}
-
-// c10's is_channels_last_strides_2d: strides that do not decide mean contiguous.
-bool suggests_channels_last(const View& v) {
-  if (!v.strides || v.strides[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (v.shape[d] == 0 || v.strides[d] < least || (d == 0 && least == v.strides[1])) return false;
-    least = v.shape[d] > 1 ? v.strides[d] * v.shape[d] : v.strides[d];
-  }
-  return true;
 }
 
 // A new tensor of x's kind, [n, c, h, w], dense.
@@ -310,13 +278,9 @@ PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in, const Vie
   const Weights& w = self.weights;
   const bool done = run(g.batch * g.out_height * g.out_width * w.n * w.k, [&](int threads) {
     conv2d(reinterpret_cast<const float*>(in.data), g, w, self.activation,
-           reinterpret_cast<float*>(out.data), threads);
+           reinterpret_cast<float*>(out.data), threads, fixed_of(self));
   });
   return done ? y.release() : nullptr;
-}
-
-bool is_float(const DataType& t) {
-  return t == kFloat32 || t == kBfloat16 || t == kFloat16 || t == kFloat64;
 }
 
 PyObject* convert(PyObject* x, PyObject* dtype) {
@@ -372,6 +336,7 @@ int direct_traverse(PyObject* object, visitproc visit, void* arg) {
   Direct* const self = reinterpret_cast<Direct*>(object);
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(self->settings);
+  Py_VISIT(self->static_bias);
   for (Operand& operand : self->operands) Py_VISIT(operand.tensor);
   return 0;
 }
@@ -382,6 +347,7 @@ void direct_dealloc(PyObject* object) {
   PyObject_GC_UnTrack(object);
   Py_XDECREF(self->settings);
   Py_XDECREF(self->out_features);
+  Py_XDECREF(self->static_bias);
   for (Operand& operand : self->operands) Py_XDECREF(operand.tensor);
   type->tp_free(object);
   Py_DECREF(type);
@@ -447,10 +413,11 @@ int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* float3
   return 1;
 }
 
-PyObject* make_direct(const Weights& weights, Activation activation, PyObject* tensors,
-                      PyObject* settings, const DirectConv2d* conv2d) {
-  if (!torch.view || !PyTuple_Check(tensors) || PyTuple_GET_SIZE(tensors) != kTensors ||
-      weights.n == 0 || weights.k == 0) {
+PyObject* make_direct(const Weights& weights, Activation activation, const StaticActivation* fixed,
+                      PyObject* tensors, PyObject* settings, const DirectConv2d* conv2d) {
+  const int count = fixed ? kTensors : kWeightTensors;
+  if (!torch.view || !PyTuple_Check(tensors) ||
+      PyTuple_GET_SIZE(tensors) != count + (fixed ? 1 : 0) || weights.n == 0 || weights.k == 0) {
     PyErr_SetString(PyExc_ValueError, "needs torch's exchange table and the tensors of a layer");
     return nullptr;
   }
@@ -467,9 +434,14 @@ PyObject* make_direct(const Weights& weights, Activation activation, PyObject* t
   if (conv2d) self->conv2d = *conv2d;
   if (!(self->settings = PyDict_Copy(settings))) return nullptr;
   if (!(self->out_features = PyLong_FromLongLong(weights.n))) return nullptr;
-  const void* const addresses[kTensors] = {weights.packed, weights.scale, weights.group_scale,
-                                           weights.group_zero, weights.bias};
-  for (int i = 0; i < kTensors; ++i) {
+  self->static_bias = fixed ? PyTuple_GET_ITEM(tensors, kTensors) : Py_None;
+  Py_INCREF(self->static_bias);
+  const bool own_bias = self->static_bias != Py_None;
+  const void* const addresses[kWeightTensors] = {weights.packed, weights.scale, weights.group_scale,
+                                                 weights.group_zero, weights.bias};
+  self->tensors = count;
+  if (fixed) self->fixed = *fixed;
+  for (int i = 0; i < count; ++i) {
     PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
     Operand& operand = self->operands[i];
     Py_INCREF(tensor);
@@ -480,8 +452,20 @@ PyObject* make_direct(const Weights& weights, Activation activation, PyObject* t
     operand.data = v.data;
     operand.count = numel(v);
     operand.dtype = v.dtype;
-    if (operand.data != addresses[i]) {
+    bool right = i >= kWeightTensors || (i == 4 && own_bias) || operand.data == addresses[i];
+    if (i == 5) right = operand.data && v.dtype == kFloat32 && holds(operand, fixed->scale);
+    if (i == 6) right = operand.data && v.dtype == kInt32 && holds(operand, int32_t{fixed->zero});
+    if (!right) {
       PyErr_SetString(PyExc_ValueError, "a tensor is not at the address of its operand");
+      return nullptr;
+    }
+    if (i < kWeightTensors) self->versions[i] = own_bias ? version_of(tensor) : -1;
+  }
+  if (own_bias) {
+    View v{};
+    const bool right = is_tensor(self->static_bias) && read(self->static_bias, v);
+    if (!right || v.data != reinterpret_cast<const char*>(weights.bias)) {
+      PyErr_SetString(PyExc_ValueError, "the bias is not at the address of its operand");
       return nullptr;
     }
   }

@@ -21,13 +21,15 @@ int bind_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* float3
                PyObject* get_num_threads, PyObject* questions);
 
 // A callable (x, attributes) -> y or None, for checked weights in `tensors`: weight_packed,
-// weight_scale, weight_group_scale, weight_group_zero, bias (None where there is none). It answers
-// None, having done nothing, unless x is an ordinary floating-point tensor that lies as the kernel
-// takes it, and the layer whose __dict__ is `attributes` is what it was: these tensors in its
-// buffers, their memory where it was, and the values of the dict `settings` under their names, the
-// same objects. Its method matches(attributes) tells the latter. `conv2d` is null for a Linear.
+// weight_scale, weight_group_scale, weight_group_zero, bias (None where there is none); with
+// `fixed` activation_scale and activation_zero after them, and what static_bias made of the first
+// five, or None: then weights.bias is there, and these may not have been written to since. It
+// answers None, having done nothing, unless x is an ordinary floating-point tensor that lies as the
+// kernel takes it, and the layer whose __dict__ is `attributes` is what it was: these tensors in
+// its buffers, their memory where it was, and the values of the dict `settings` under their names,
+// the same objects. Its method matches(attributes) tells the latter. `conv2d` is null for a Linear.
 // Returns a new reference, or null with a Python error.
-PyObject* make_direct(const Weights& weights, Activation activation, PyObject* tensors,
-                      PyObject* settings, const DirectConv2d* conv2d);
+PyObject* make_direct(const Weights& weights, Activation activation, const StaticActivation* fixed,
+                      PyObject* tensors, PyObject* settings, const DirectConv2d* conv2d);
 
 }  // namespace lowbit

@@ -57,12 +57,14 @@ constexpr int64_t kTallTiles = 2;
 // A block of channels of one thread, and its tiles.
 class Block {
  public:
+  // `codes`: null where outputs are floats.
   Block(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
-        Scratch& scratch)
+        const CodeRows* codes, Scratch& scratch)
       : kernel_(kernel),
         weights_(weights),
         depth_(depth),
         rows_(rows),
+        codes_(codes),
         tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
@@ -71,6 +73,8 @@ class Block {
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
     const bool in_tile = fits_tile();
+    in_registers_ =
+        codes && in_tile && codes->to->in_registers() && (codes->whole || weights.n % kPanel == 0);
     // A block is no wider than a tile where its channels need padding.
     const int64_t bias = weights.bias ? kernel.nr : std::max<int64_t>(weights.n, kernel.nr);
     scratch.cut(piece(scale_, kernel.nr), piece(bias_, bias),
@@ -81,11 +85,14 @@ class Block {
                 piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size),
                 piece(tile_.room, kernel.room(depth.steps * traits(weights.format).depth())));
     const int add = traits(weights.format).add;
-    for (int64_t i = 0; i < code_rows * depth.chunks(); ++i) offset_[i] = add * rows.sums[i];
+    centred_ = codes && codes->seed;
+    for (int64_t i = 0; i < code_rows * depth.chunks() && !centred_; ++i)
+      offset_[i] = add * rows.sums[i];
     if (zeros) sum_groups();
     if (!weights.bias) std::fill_n(bias_, bias, 0.0f);
 
     tile_.tall = tall_;
+    tile_.lowest = rows.lowest || rows.planes == 2;
     tile_.planes = rows.planes;
     tile_.pitch = rows.pitch;
     tile_.panel_stride = depth.steps * kVectorBytes;
@@ -96,6 +103,7 @@ class Block {
     tile_.steps = depth.steps;
     tile_.group_scale = group_scale_;
     tile_.group_zero = group_zero_;
+    if (in_registers_) tile_.requantize = codes->to;
   }
 
   int64_t tiles() const { return tiles_; }
@@ -104,7 +112,7 @@ class Block {
   // reads them and nothing is expanded for them, all whole panels.
   int64_t set_channels(int64_t c0, int64_t end) {
     const int64_t whole = (end - c0) / kPanel * kPanel;
-    const bool all = tiles_ == 1 && !sums_ && !group_scale_;
+    const bool all = tiles_ == 1 && !sums_ && !group_scale_ && (!codes_ || in_registers_);
     const int64_t count = std::min(end - c0, all ? std::max<int64_t>(whole, width_) : width_);
     c0_ = c0;
     cols_ = static_cast<int>(count);
@@ -123,11 +131,11 @@ class Block {
     tile_.rows = rows * rows_.planes;
     set_prefetch(index);
     tile_.row_scale = rows_.scale + r.begin;
+    if (codes_) return run_codes(r.begin, rows);
     float* const out = y + r.begin * y_pitch + c0_;
     if (sums_) return run_in_parts(r.begin, rows, out, y_pitch);
 
     set_operands(r.begin, 0, 0);
-    if (group_zero_) tile_.group_sum = group_sum_ + r.begin * depth_.groups;
     const bool whole = cols_ % kPanel == 0;
     tile_.y = whole ? out : out_;
     tile_.y_pitch = whole ? y_pitch : kernel_.nr;
@@ -137,6 +145,29 @@ class Block {
   }
 
  private:
+  void run_codes(int64_t first, int rows) {
+    int8_t* const* const q = codes_->q + first;
+    const int8_t* const* const residual = codes_->residual ? codes_->residual + first : nullptr;
+    if (in_registers_) {
+      tile_.q = q;
+      tile_.residual = residual;
+      tile_.q_first = codes_->first + c0_;
+      if (centred_) tile_.seed = codes_->seed + c0_;
+      set_operands(first, 0, 0);
+      return dot();
+    }
+    if (sums_) {
+      run_in_parts(first, rows, out_, kernel_.nr);
+    } else {
+      set_operands(first, 0, 0);
+      tile_.y = out_;
+      tile_.y_pitch = kernel_.nr;
+      dot();
+    }
+    kernel_.requantize(*codes_->to, rows, cols_, codes_->first + c0_, out_, kernel_.nr, residual,
+                       q);
+  }
+
   // The block's columns of a float16 matrix [n][groups]; the next block's are fetched.
   void expand(const uint16_t* from, float* to) const {
     constexpr int64_t kMost = 256, kLine = 64 / sizeof(*from);
@@ -167,6 +198,7 @@ class Block {
 
   void set_operands(int64_t first, int64_t step, int64_t chunk) {
     const ptrdiff_t row = first * rows_.planes;
+    if (group_zero_) tile_.group_sum = group_sum_ + first * depth_.groups;
     tile_.w = packed_ + step * kVectorBytes;
     tile_.ahead = tile_.w + ahead_;
     tile_.offset = offset_ + row * depth_.chunks() + chunk;
@@ -180,7 +212,9 @@ class Block {
   }
 
   void dot() {
-    if (rows_.bits)
+    if (centred_)
+      kernel_.dot_centred(tile_);
+    else if (rows_.bits)
       kernel_.xnor(tile_);
     else
       kernel_.dot[static_cast<int>(weights_.format)](tile_);
@@ -226,6 +260,8 @@ class Block {
   const Weights& weights_;
   const Depth& depth_;
   const Rows& rows_;
+  const CodeRows* const codes_;
+  bool in_registers_, centred_;
   const bool tall_;
   const int64_t width_, tiles_;  // of a block, in channels and in tiles
   Tile tile_{};
@@ -242,11 +278,22 @@ class Block {
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch) {
   static thread_local Scratch scratch;
-  Block block(kernel, weights, depth, rows, scratch);
+  Block block(kernel, weights, depth, rows, nullptr, scratch);
   for (int64_t c = begin; c < end;) {
     const int64_t count = block.set_channels(c, end);
     for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y, y_pitch);
     kernel.apply(weights.epilogue, rows.count, count, y + c, y_pitch);
+    c += count;
+  }
+}
+
+void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+          int64_t begin, int64_t end, const CodeRows& codes) {
+  static thread_local Scratch scratch;
+  Block block(kernel, weights, depth, rows, &codes, scratch);
+  for (int64_t c = begin; c < end;) {
+    const int64_t count = block.set_channels(c, end);
+    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, nullptr, 0);
     c += count;
   }
 }

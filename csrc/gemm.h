@@ -48,7 +48,8 @@ struct Depth {
 // The activations of some rows; row r, plane p lies at (r * planes + p) * pitch.
 struct Rows {
   int64_t count = 0;
-  int planes = 1;  // 2: int16 as hi, lo
+  int planes = 1;       // 2: int16 as hi, lo
+  bool lowest = false;  // codes may be -128 (the low bytes of int16 ones always)
   const int8_t* codes =
       nullptr;  // zero from K to the end of the last step; null where bits are used
   const uint32_t* bits = nullptr;  // W1A1: 1 where x < 0, so that bit w != bit a is an agreement
@@ -59,9 +60,35 @@ struct Rows {
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
 };
 
+// Where the codes of an image go, and those that are added before; the last panel is written whole.
+struct CodeImage {
+  const Requantize* to;
+  int8_t* q;             // of output (0, 0)
+  ptrdiff_t pixel, row;  // bytes from one to the next
+  const int8_t* residual = nullptr;
+  ptrdiff_t residual_pixel = 0, residual_row = 0;
+
+  bool in_registers() const { return to->in_registers() && !residual; }
+};
+
+// Where the codes of a row go, and those that are added before: pixels' addresses, and the channel
+// of the weights' first.
+struct CodeRows {
+  const Requantize* to;
+  int8_t* const* q;               // [count]
+  const int8_t* const* residual;  // [count], or null
+  int64_t first;
+  bool whole;           // whole panels may be written and read
+  const int32_t* seed;  // not null: the weights are centred, with this seed; rows need no sums
+};
+
 // y[r][c] for all rows and the channels [begin, end) of `weights`, its epilogue applied; begin is a
 // multiple of kernel.nr.
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch);
+
+// The same as codes. The rows' scales are 1.
+void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+          int64_t begin, int64_t end, const CodeRows& codes);
 
 }  // namespace lowbit

@@ -39,8 +39,9 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
   const int64_t tap_k = k / taps;
   TapField* field = fields;
   for (int64_t t = 0; t < taps; ++t) {
-    offsets[t] = (t / g.kernel_w * g.dilation_h * images.width() + t % g.kernel_w * g.dilation_w) *
-                 images.pitch();
+    offsets[t] =
+        (t / g.kernel_w * g.dilation_h * images.row_pixels() + t % g.kernel_w * g.dilation_w) *
+        images.pitch();
     for (int64_t c = 0; c < in; ++c) {
       *field++ = tap_field(f, t * tap_k + c, c % 4);
       ends[t * steps + c / 4] = static_cast<int>(field - fields);
@@ -69,7 +70,7 @@ Grouped::Grouped(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
 }
 
 void Grouped::run(const Images& images, int64_t image, int64_t first, int64_t count, float* y,
-                  Scratch& scratch) const {
+                  const CodeImage* codes, Scratch& scratch) const {
   const Conv2dGeometry& g = geometry_;
   const int64_t n = g.out_channels, padded = round_up(n, kPanel), whole = n / kPanel * kPanel;
   float *scale, *bias, *last;
@@ -89,8 +90,14 @@ void Grouped::run(const Images& images, int64_t image, int64_t first, int64_t co
     tile.bias = bias;
     tile.y = y + i * n;
     tile.y_pitch = n;
+    if (codes) {
+      tile.panels = static_cast<int>(padded / kPanel);
+      tile.requantize = codes->to;
+      tile.q = codes->q + row * codes->row + x * codes->pixel;
+      tile.y_pitch = codes->pixel;
+    }
     kernel_.grouped(tile);
-    if (whole < n) {  // the last panel, by way of a place of its own
+    if (whole < n && !codes) {  // the last panel, by way of a place of its own
       const int64_t panel = whole / kPanel;
       GroupedTile rest = tile;
       rest.from += panel * tile.panel_bytes;

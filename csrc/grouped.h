@@ -16,10 +16,11 @@ class Grouped {
   Grouped(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
           const Images& images, Scratch& scratch);
 
-  // Output pixels [first, first + count) of an image, all channels, to y [count][out_channels]. One
-  // thread at a time, each with a `scratch` of its own.
+  // Output pixels [first, first + count) of an image, all channels, to y [count][out_channels] or
+  // to `codes` (in registers, without a residual). One thread at a time, each with a `scratch` of
+  // its own.
   void run(const Images& images, int64_t image, int64_t first, int64_t count, float* y,
-           Scratch& scratch) const;
+           const CodeImage* codes, Scratch& scratch) const;
 
  private:
   const Kernel& kernel_;

@@ -6,9 +6,11 @@
 namespace lowbit {
 namespace {
 
-bool is_pointwise(const Conv2dGeometry& g) {
+// Whether the pixels of the image, one after the other, are the rows.
+bool is_pointwise(const Conv2dGeometry& g, const Images& images) {
   return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.pad_top == 0 && g.pad_left == 0 && g.out_height == g.height && g.out_width == g.width;
+         g.pad_top == 0 && g.pad_left == 0 && g.out_height == g.height && g.out_width == g.width &&
+         images.row_pixels() == g.width;
 }
 
 }  // namespace
@@ -20,7 +22,8 @@ bool Columns::wants_sums(const Conv2dGeometry& g, const Weights& weights, const 
 }
 
 Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
-                 const Depth& depth, const Images& images, int64_t block, Scratch& scratch)
+                 const Depth& depth, const Images& images, int64_t block, Scratch& scratch,
+                 bool want_sums)
     : kernel_(kernel),
       geometry_(g),
       depth_(depth),
@@ -29,9 +32,12 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
       bytes_(images.use_bits() ? depth.steps * 4 : weights.k),
       width_(g.channels / g.groups),
       tap_(tap_channels(weights.format, width_)),
-      pixel_sums_(wants_sums(g, weights, depth)),
-      clears_padding_(!pixel_sums_ && !images.use_bits() && g.groups > 1 && tap_ > width_),
-      in_place_(is_pointwise(g) && images.planes() == 1 && !clears_padding_) {
+      summed_(g.kernel_h * g.kernel_w == 1 && depth.chunks() == 1 ? width_ : k_),
+      pixel_sums_(!images.view() && wants_sums(g, weights, depth)),
+      wants_sums_(want_sums),
+      clears_padding_(want_sums && !pixel_sums_ && !images.use_bits() &&
+                      (g.groups > 1 || images.view()) && tap_ > width_ && summed_ == k_),
+      in_place_(is_pointwise(g, images) && images.planes() == 1 && !clears_padding_) {
   const bool bits = images.use_bits();
   const int64_t taps = g.kernel_h * g.kernel_w, tap = bytes_ / std::max<int64_t>(taps, 1);
   // Neighbouring taps that are neighbours in memory as well are copied at once.
@@ -51,7 +57,7 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
               piece(scale_, block));
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t ky = runs ? t : t / g.kernel_w, kx = runs ? 0 : t % g.kernel_w;
-    segments_[t] = (ky * g.dilation_h * images.width() + kx * g.dilation_w) * images.pitch();
+    segments_[t] = (ky * g.dilation_h * images.row_pixels() + kx * g.dilation_w) * images.pitch();
   }
 }
 
@@ -79,6 +85,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
   Rows rows;
   rows.count = count;
   rows.planes = planes;
+  rows.lowest = images_.lowest();
   rows.scale = scale_;
   rows.sums = sums_;
   rows.pitch = bits ? pitch_ / 4 : pitch_;
@@ -89,7 +96,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
     rows.codes = codes;
   }
   if (clears_padding_) clear_padding(count * planes);
-  if (!pixel_sums_) sum_rows(rows);
+  if (!pixel_sums_ && wants_sums_) sum_rows(rows);
   return rows;
 }
 
@@ -125,7 +132,7 @@ void Columns::sum_rows(const Rows& rows) {
     for (int64_t i = 0; i < count; ++i)
       count_bits(rows.mask ? rows.mask + i * rows.pitch : nullptr, sums_ + i * depth_.chunks());
   } else if (depth_.chunks() == 1) {
-    kernel_.sum_rows(rows.codes, rows.pitch, count, k_, sums_);
+    kernel_.sum_rows(rows.codes, rows.pitch, count, summed_, sums_);
   } else {
     for (int64_t i = 0; i < count; ++i)
       depth_.sum(kernel_, rows.codes + i * rows.pitch, sums_ + i * depth_.chunks());

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <new>
 
-#include "activations.h"
 #include "parallel.h"
 
 namespace lowbit {
@@ -18,15 +17,18 @@ int64_t padded_size(int64_t size, int64_t out, int64_t kernel, int64_t stride, i
 
 }  // namespace
 
-Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activation, bool use_bits,
-               int64_t tap, bool want_sums, Scratch& scratch)
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activation,
+               const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch)
     : kernel_(kernel),
       geometry_(g),
       activation_(activation),
+      fixed_(fixed),
       use_bits_(use_bits),
+      view_(false),
       planes_(lowbit::planes(activation)),
       height_(padded_size(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)),
       width_(padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)),
+      row_pixels_(width_),
       elements_(g.height * g.width * g.channels) {
   const int64_t group = g.channels / g.groups;
   group_bytes_ = use_bits ? ceil_div(group, 32) * 4 : group;
@@ -37,10 +39,29 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
   const int64_t pixels = g.batch * planes_ * height_ * width_;
   scratch.cut(piece(codes_, pixels * pitch_ + kVectorBytes),
               piece(mask_, use_bits && padded() ? plane_bytes_ + kVectorBytes : 0),
-              piece(sums_, want_sums ? pixels * g.groups : 0), piece(amax_, g.batch),
+              piece(sums_, want_sums ? pixels * g.groups : 0), piece(seen_, g.batch),
               piece(scale_, g.batch), piece(inverse_, g.batch));
-  for (int64_t i = 0; i < g.batch; ++i) new (amax_ + i) std::atomic<uint32_t>(0);
+  for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
+
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const int8_t* codes, int64_t rows,
+               int64_t row_pixels, int64_t pitch)
+    : kernel_(kernel),
+      geometry_(g),
+      activation_(Activation::int8),
+      fixed_{},
+      use_bits_(false),
+      view_(true),
+      planes_(1),
+      height_(rows),
+      width_((g.out_width - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1),
+      row_pixels_(row_pixels),
+      elements_(g.height * g.width * g.channels),
+      group_bytes_(g.channels / g.groups),
+      pitch_(pitch),
+      plane_bytes_(0),
+      codes_(const_cast<int8_t*>(codes)),
+      scale_(&one_) {}
 
 void Images::quantize(const float* x, int thread, int team) {
   // Images of their own for each thread, or a part of each for all of them.
@@ -50,18 +71,20 @@ void Images::quantize(const float* x, int thread, int team) {
   const auto barrier = [&] { team_barrier(parts); };
 
   for (int64_t i = images.begin; i < images.end; ++i) {
-    const Range mine = part(elements_, index, parts);
-    const uint32_t largest =
-        unit_amax(kernel_, activation_, x + i * elements_ + mine.begin, mine.end - mine.begin);
-    uint32_t seen = amax_[i].load(std::memory_order_relaxed);
-    while (seen < largest && !amax_[i].compare_exchange_weak(seen, largest)) {
+    if (!fixed_.fixed) {
+      const Range mine = part(elements_, index, parts);
+      see(i,
+          unit_amax(kernel_, activation_, x + i * elements_ + mine.begin, mine.end - mine.begin));
+      if (own) scale_image(x, i);
     }
-    if (own) scale_image(x, i), encode_rows(x + i * elements_, i, 0, height_);
+    if (own) encode_rows(x + i * elements_, i, 0, height_);
   }
   if (!own) {
-    barrier();
-    for (int64_t i = thread; i < geometry_.batch; i += team) scale_image(x, i);
-    barrier();
+    if (!fixed_.fixed) {
+      barrier();
+      for (int64_t i = thread; i < geometry_.batch; i += team) scale_image(x, i);
+      barrier();
+    }
     for (int64_t i = 0; i < geometry_.batch; ++i) {
       const Range mine = part(height_, index, parts);
       encode_rows(x + i * elements_, i, mine.begin, mine.end);
@@ -75,9 +98,15 @@ void Images::quantize(const float* x, int thread, int team) {
   if (!own || mask_) team_barrier(team);
 }
 
+void Images::see(int64_t image, uint32_t largest) {
+  uint32_t seen = seen_[image].load(std::memory_order_relaxed);
+  while (seen < largest && !seen_[image].compare_exchange_weak(seen, largest)) {
+  }
+}
+
 void Images::scale_image(const float* x, int64_t image) {
   const UnitScale unit =
-      unit_scale(kernel_, activation_, amax_[image], x + image * elements_, elements_);
+      unit_scale(kernel_, activation_, seen_[image], x + image * elements_, elements_);
   scale_[image] = unit.scale;
   inverse_[image] = unit.inverse;
 }
@@ -95,14 +124,6 @@ void Images::mask_row(int64_t y) {
 // Rows [begin, end) of the padded image.
 void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end) {
   const Conv2dGeometry& g = geometry_;
-  const auto clear = [&](int64_t y, int64_t from, int64_t to) {
-    for (int p = 0; p < planes_; ++p) {
-      std::memset(codes(image, p, y, from), 0, static_cast<size_t>((to - from) * pitch_));
-      if (sums_)
-        std::memset(sums_of(image, p, y, from), 0,
-                    static_cast<size_t>((to - from) * g.groups) * sizeof(int32_t));
-    }
-  };
   if (!use_bits_ && !g.x_channels_last)
     encode_planes(x, image, std::max(begin - g.pad_top, int64_t{0}),
                   std::min(end - g.pad_top, g.height));
@@ -110,16 +131,33 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
   for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
     if (in < 0 || in >= g.height) {
-      clear(y, 0, width_);
+      encode_padding(image, y, 0, width_);
       continue;
     }
     if (use_bits_)
       encode_bits(x + in * g.width * g.channels, image, y);
     else if (g.x_channels_last)
       encode_row(x + in * g.width * g.channels, image, y);
-    if (g.pad_left > 0) clear(y, 0, g.pad_left);
-    if (g.pad_left + g.width < width_) clear(y, g.pad_left + g.width, width_);
+    if (g.pad_left > 0) encode_padding(image, y, 0, g.pad_left);
+    if (g.pad_left + g.width < width_) encode_padding(image, y, g.pad_left + g.width, width_);
     if (sums_) sum_row(image, y);
+  }
+}
+
+// Pixels [begin, end) of a row that pad the image: what means 0 there.
+void Images::encode_padding(int64_t image, int64_t y, int64_t begin, int64_t end) {
+  const Conv2dGeometry& g = geometry_;
+  const int64_t pixels = end - begin;
+  const bool whole = pitch_ == g.channels;  // pixels have no padding of their own
+  for (int p = 0; p < planes_; ++p) {
+    int8_t* const q = codes(image, p, y, begin);
+    std::memset(q, whole ? fixed_.zero : 0, static_cast<size_t>(pixels * pitch_));
+    if (!whole && fixed_.zero)
+      for (int64_t i = 0; i < pixels; ++i)
+        std::memset(q + i * pitch_, fixed_.zero, static_cast<size_t>(g.channels));
+    if (sums_)
+      std::fill_n(sums_of(image, p, y, begin), pixels * g.groups,
+                  static_cast<int32_t>(fixed_.zero * (g.channels / g.groups)));
   }
 }
 
@@ -130,20 +168,24 @@ void Images::encode_bits(const float* x, int64_t image, int64_t y) {
   if (width % 32 == 0) width = count;  // no pixel ends within a dword: one run
   auto* out = reinterpret_cast<uint32_t*>(codes(image, 0, y, g.pad_left));
   for (const float* p = x; p < x + count; p += width, out += ceil_div(width, 32))
-    kernel_.binarize_bits(p, width, out);
+    see(image, lowbit::encode_bits(kernel_, fixed_, p, width, out));
+}
+
+UnitScale Images::unit(int64_t image) const {
+  return fixed_.fixed ? fixed_ : UnitScale{scale_[image], inverse_[image]};
 }
 
 void Images::encode_row(const float* x, int64_t image, int64_t y) {
   const Conv2dGeometry& g = geometry_;
-  const UnitScale unit{scale_[image], inverse_[image]};
+  const UnitScale unit = this->unit(image);
   int8_t* const q = codes(image, 0, y, g.pad_left);
   int8_t* const lo = planes_ == 2 ? codes(image, 1, y, g.pad_left) : nullptr;
   if (pitch_ == g.channels)
-    return encode(kernel_, activation_, unit, x, g.width * g.channels, q, lo);
+    return see(image, encode(kernel_, activation_, unit, x, g.width * g.channels, q, lo));
   const auto rest = static_cast<size_t>(pitch_ - g.channels);
   for (int64_t i = 0; i < g.width; ++i) {
-    encode(kernel_, activation_, unit, x + i * g.channels, g.channels, q + i * pitch_,
-           lo + i * pitch_);
+    see(image, encode(kernel_, activation_, unit, x + i * g.channels, g.channels, q + i * pitch_,
+                      lo + i * pitch_));
     std::memset(q + i * pitch_ + g.channels, 0, rest);
     if (lo) std::memset(lo + i * pitch_ + g.channels, 0, rest);
   }
@@ -155,7 +197,8 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
   constexpr int kRun = 64, kChannels = 16;
   const Conv2dGeometry& g = geometry_;
   const int64_t pixels = g.height * g.width;
-  const UnitScale unit{scale_[image], inverse_[image]};
+  const UnitScale unit = this->unit(image);
+  uint32_t largest = 0;
   alignas(64) int8_t q[kChannels * kRun] = {}, lo[kChannels * kRun] = {};
   int8_t* to[2][kRun];
   for (int64_t at = begin * g.width; at < end * g.width; at += kRun) {
@@ -172,8 +215,8 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
       // Up to the pitch: the channels that only pad a pixel get codes of 0.
       for (int64_t i = 0; i < kChannels; ++i) {
         if (c + i < g.channels)
-          encode(kernel_, activation_, unit, x + (c + i) * pixels + at, count, q + i * kRun,
-                 lo + i * kRun);
+          largest = std::max(largest, encode(kernel_, activation_, unit, x + (c + i) * pixels + at,
+                                             count, q + i * kRun, lo + i * kRun));
         else if (pitch_ > kChannels)  // else nothing else was there
           std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
       }
@@ -181,6 +224,7 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
       for (int p = 0; p < planes_; ++p) kernel_.transpose16(p ? lo : q, count, width, to[p], c);
     }
   }
+  see(image, largest);
 }
 
 void Images::sum_row(int64_t image, int64_t y) {

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "activations.h"
 #include "gemm.h"
 #include "kernel.h"
 #include "lowbit.h"
@@ -12,12 +13,19 @@
 namespace lowbit {
 
 // Codes are [image][plane][row][column][pitch] bytes; as bits (1 where x < 0) a pixel is [group]
-// [words] dwords. Padding is zero.
+// [words] dwords. What pads an image means 0; what pads a pixel has code 0.
 class Images {
  public:
-  // `tap`: bytes that one tap reads of a pixel (ignored for bits). `want_sums`: of each pixel.
-  Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation, bool use_bits,
-         int64_t tap, bool want_sums, Scratch& scratch);
+  // `fixed`: see fixed_scale(). `tap`: bytes that one tap reads of a pixel (ignored for bits).
+  // `want_sums`: of each pixel.
+  Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
+         const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
+
+  // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
+  // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the
+  // channels of a pixel is any code.
+  Images(const Kernel& kernel, const Conv2dGeometry& geometry, const int8_t* codes, int64_t rows,
+         int64_t row_pixels, int64_t pitch);
 
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
@@ -39,20 +47,28 @@ class Images {
   int64_t pitch() const { return pitch_; }    // bytes from a pixel to the next one
   int64_t height() const { return height_; }  // with padding, as the width
   int64_t width() const { return width_; }
-  int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
-  float scale(int64_t image) const { return scale_[image]; }
+  int64_t row_pixels() const { return row_pixels_; }  // from a row to the next
+  bool view() const { return view_; }
+  int64_t group_bytes() const { return group_bytes_; }   // from a pixel's group to the next one
+  bool lowest() const { return fixed_.fixed || view_; }  // codes may be -128
+  float scale(int64_t image) const {
+    return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];
+  }
 
  private:
-  int64_t at(int64_t y, int64_t x) const { return y * width_ + x; }
+  int64_t at(int64_t y, int64_t x) const { return y * row_pixels_ + x; }
   int8_t* codes(int64_t image, int plane, int64_t y, int64_t x) {
     return const_cast<int8_t*>(pixel(image, plane, y, x));
   }
   int32_t* sums_of(int64_t image, int plane, int64_t y, int64_t x) {
     return const_cast<int32_t*>(sums(image, plane, y, x));
   }
+  void see(int64_t image, uint32_t largest);
   void scale_image(const float* x, int64_t image);
+  UnitScale unit(int64_t image) const;
   void mask_row(int64_t y);
   void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_padding(int64_t image, int64_t y, int64_t begin, int64_t end);
   void encode_bits(const float* x, int64_t image, int64_t y);
   void encode_row(const float* x, int64_t image, int64_t y);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
@@ -61,15 +77,17 @@ class Images {
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   const Activation activation_;
-  const bool use_bits_;
+  const UnitScale fixed_;
+  const bool use_bits_, view_;
   const int planes_;
-  const int64_t height_, width_;  // with padding
+  const int64_t height_, width_, row_pixels_;  // with padding
   const int64_t elements_;
   int64_t group_bytes_, pitch_, plane_bytes_;
-  int8_t *codes_, *mask_;
-  int32_t* sums_;
-  std::atomic<uint32_t>* amax_;
-  float *scale_, *inverse_;
+  int8_t *codes_, *mask_ = nullptr;
+  int32_t* sums_ = nullptr;
+  std::atomic<uint32_t>* seen_ = nullptr;  // the largest |x| of an image, as its bits
+  float *scale_, *inverse_ = nullptr;
+  float one_ = 1.0f;
 };
 
 }  // namespace lowbit

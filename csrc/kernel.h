@@ -13,12 +13,31 @@
 
 namespace lowbit {
 
+// From float outputs to codes: q = clamp(round(v * inverse), low, high) + zero, halves to even,
+// where v is y + residual_scale * (r - residual_zero) with the code r of a residual, or y. Bounds
+// are integers. ReLU and ReLU6 are bounds as well, since rounding keeps the order. With a table, q
+// = table[i - first] for i = clamp(round(v * inverse), low, high).
+struct Requantize {
+  float inverse, low, high;
+  int zero;
+  float residual_scale;
+  int residual_zero;
+  bool saturates;       // the bounds are those of a byte, and |v * inverse| stays below 2^22
+  bool hardswish;       // of v, before all this
+  const int8_t* table;  // or null
+  int first;
+
+  // What microkernels do in registers: everything else is Kernel::requantize.
+  bool in_registers() const { return !hardswish && !table; }
+};
+
 // One call of a GEMM microkernel: up to mr rows times up to nr channels, all of K. Steps are cut
 // into groups of `group_steps`; the last one may be shorter.
 struct Tile {
   int rows;                     // of codes or bits: an int16 activation is two (hi, lo)
   int panels;                   // of 16 channels, `panel_stride` bytes apart
   bool tall;                    // up to tall_mr rows, and any number of panels
+  bool lowest;                  // codes may be -128
   const int8_t* codes;          // activations (dot)
   const uint32_t *bits, *mask;  // the same (xnor): 1 where x < 0; which of them count, null: all
   ptrdiff_t pitch;              // of a row, in elements of codes or bits
@@ -40,6 +59,12 @@ struct Tile {
   const float *scale, *bias;  // [nr]
   float* y;                   // [rows / planes][nr], `y_pitch` apart
   ptrdiff_t y_pitch;
+  // Not null: codes in place of floats, row_scale is 1; row r's panels go to q[r] + q_first.
+  const Requantize* requantize;
+  int8_t* const* q;
+  const int8_t* const* residual;  // as q, or null
+  ptrdiff_t q_first;
+  const int32_t* seed;  // [nr]: sums start there (dot_centred)
 };
 
 // One call of the depthwise microkernel: one or two rows of outputs, of `panels` panels of
@@ -65,6 +90,8 @@ struct DepthwiseTile {
   const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
   float* y;                   // whole panels are written
   ptrdiff_t y_pitch, y_row;   // from a pixel to the next, from a row to the next
+  const Requantize* requantize;  // not null: codes in place of floats, without a residual
+  int8_t* q;                     // with y_pitch and y_row
 };
 
 // Where a weight of each channel is in a panel, what its code means, and which byte of four it
@@ -98,6 +125,8 @@ struct GroupedTile {
   const float *scale, *bias;  // [panel][16]; the scale is that of weights times that of activations
   float* y;                   // whole panels are written
   ptrdiff_t y_pitch;
+  const Requantize* requantize;  // as above
+  int8_t* q;
 };
 
 struct Kernel {
@@ -112,6 +141,10 @@ struct Kernel {
   // a zero, fma(group_zero, group_sum, f) after each; y = fma(f, row_scale * scale, bias).
   // Index: Format.
   void (*dot[kFormatCount])(const Tile& tile);
+
+  // Of 8-bit codes less 128, signed, in place of codes, and activations plus 128: s = seed + sum
+  // over k of w[c][k] * (a[r][k] + 128), to codes alone, without groups. Null: an ISA has none.
+  void (*dot_centred)(const Tile& tile);
 
   // The same with s = offset + 2 * (number of k where bit w differs from bit a and bit `mask` is
   // set). With a = 1 for a negative activation these are the agreements of the signs.
@@ -131,6 +164,10 @@ struct Kernel {
   float (*abs_sum)(const float* x, int64_t n);  // in 16 strided lanes, added pairwise
   void (*quantize8)(const float* x, int64_t n, float inverse_scale, int8_t* q);
   void (*quantize16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
+  // With a scale that does not depend on x: codes are saturated. They return the largest |x| as
+  // amax_bits does.
+  uint32_t (*saturate8)(const float* x, int64_t n, float inverse_scale, int zero, int8_t* q);
+  uint32_t (*saturate16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
   void (*binarize_bits)(const float* x, int64_t n,
                         uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
@@ -164,6 +201,21 @@ struct Kernel {
   // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are
   // zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
+
+  // Codes of a program. y [rows][cols] to q[r][first .. first + cols); residual: null or as q.
+  void (*requantize)(const Requantize& to, int64_t rows, int64_t cols, ptrdiff_t first,
+                     const float* y, ptrdiff_t y_pitch, const int8_t* const* residual,
+                     int8_t* const* q);
+  // y = fma(b - zero_b, scale_b, (a - zero_a) * scale_a)
+  void (*add_codes)(int64_t n, const int8_t* a, int zero_a, float scale_a, const int8_t* b,
+                    int zero_b, float scale_b, float* y);
+  // y = float((a - zero_a) * (b - zero_b)) * scale
+  void (*multiply_codes)(int64_t n, const int8_t* a, int zero_a, const int8_t* b, int zero_b,
+                         float scale, float* y);
+  void (*max_codes)(int64_t n, const int8_t* a, int8_t* q);                    // q = max(q, a)
+  void (*total_codes)(int64_t n, const int8_t* a, int32_t* sum);               // sum += a
+  void (*lookup)(int64_t n, const int8_t* a, const int8_t* table, int8_t* q);  // table[uint8(a)]
+  void (*dequantize)(int64_t n, const int8_t* a, int zero, float scale, float* y);
 
   // How well the nearest codes in [low, high] fit x at a scale, over i with mask[i] = 1 (it is 0
   // elsewhere), with v = mul * code + add: out = {sum of (x - scale * v)^2, sum of v * x, sum of v

@@ -54,21 +54,22 @@ struct RowBuffers {
   int32_t* sums;
 };
 
-void quantize_row(const Kernel& kernel, Activation activation, const Depth& depth, const float* x,
-                  int64_t k, int64_t row, RowBuffers& out) {
-  const UnitScale unit = unit_scale(kernel, activation, unit_amax(kernel, activation, x, k), x, k);
-  out.scale[row] = unit.scale;
+void quantize_row(const Kernel& kernel, Activation activation, const UnitScale& fixed,
+                  const Depth& depth, const float* x, int64_t k, int64_t row, RowBuffers& out) {
+  const UnitScale unit =
+      fixed.fixed ? fixed
+                  : unit_scale(kernel, activation, unit_amax(kernel, activation, x, k), x, k);
   const int count = planes(activation);
   int32_t* sums = out.sums + row * count * depth.chunks();
   if (out.bits) {
-    kernel.binarize_bits(x, k, out.bits + row * out.pitch);
+    out.scale[row] = scale_of(unit, encode_bits(kernel, unit, x, k, out.bits + row * out.pitch));
     for (int64_t i = 0; i < depth.chunks(); ++i)  // how many count
       sums[i] = static_cast<int32_t>(
           depth.chunk(i / depth.chunks_per_group, i % depth.chunks_per_group).size);
     return;
   }
   int8_t* q = out.codes + row * count * out.pitch;
-  encode(kernel, activation, unit, x, k, q, q + out.pitch);
+  out.scale[row] = scale_of(unit, encode(kernel, activation, unit, x, k, q, q + out.pitch));
   for (int p = 0; p < count; ++p, q += out.pitch) {
     std::memset(q + k, 0, static_cast<size_t>(out.pitch - k));
     depth.sum(kernel, q, sums + p * depth.chunks());
@@ -77,7 +78,7 @@ void quantize_row(const Kernel& kernel, Activation activation, const Depth& dept
 
 // As many rows as one pass quantizes at once.
 void linear_pass(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
-                 int threads) {
+                 int threads, const UnitScale& fixed) {
   const Kernel& kernel = lowbit::kernel();
   const Depth depth(weights.format, weights.k, weights.group_size);
   // A zero point needs the sum of the activations, which bits do not have.
@@ -92,7 +93,7 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
   parallel(threads, [&](int thread, int team) {
     const Range mine = part(m, thread, team);
     for (int64_t r = mine.begin; r < mine.end; ++r)
-      quantize_row(kernel, activation, depth, x + r * weights.k, weights.k, r, buffers);
+      quantize_row(kernel, activation, fixed, depth, x + r * weights.k, weights.k, r, buffers);
     team_barrier(team);
 
     const Grid grid = make_grid(team, row_tiles, channel_tiles);
@@ -104,6 +105,7 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
     Rows rows;
     rows.count = std::min(m, r.end * tile_rows) - first;
     rows.planes = planes(activation);
+    rows.lowest = fixed.fixed;
     rows.pitch = buffers.pitch;
     if (buffers.bits)
       rows.bits = buffers.bits + first * buffers.pitch;
@@ -119,13 +121,14 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
 }  // namespace
 
 void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
-            int threads) {
+            int threads, const StaticActivation* fixed) {
   if (weights.n == 0) return;
+  const UnitScale unit = fixed_scale(fixed);
   const int64_t row_bytes = planes(activation) * code_pitch(weights.k);
   const int64_t rows = std::max(kPassBytes / row_bytes, kMinPassRows);
   for (int64_t first = 0; first < m; first += rows)
     linear_pass(x + first * weights.k, std::min(rows, m - first), weights, activation,
-                y + first * weights.n, threads);
+                y + first * weights.n, threads, unit);
 }
 
 }  // namespace lowbit

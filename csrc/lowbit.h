@@ -26,9 +26,17 @@ struct Weights {
   Epilogue epilogue = Epilogue::none;
 };
 
-// y [m, n] = x [m, k] * weights. Scale of the activations: one a row.
+// Calibrated parameters of a layer's activations: code q means scale * (q - zero). The scale and
+// its inverse are normal floats; the zero point is one of int8's codes, of other activations 0.
+struct StaticActivation {
+  float scale;
+  int zero = 0;
+};
+
+// y [m, n] = x [m, k] * weights. Scale of the activations: one a row, or `fixed`; weights.bias is
+// then what static_bias made.
 void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
-            int threads);
+            int threads, const StaticActivation* fixed = nullptr);
 
 inline int64_t conv2d_blocks(int64_t out_channels, int64_t groups) {
   return kPanel % (out_channels / groups) == 0 && out_channels / groups < kPanel ? 1 : groups;
@@ -56,11 +64,19 @@ int64_t tap_channels(Format format, int64_t channels_per_group);
 // K of a convolution in the packed layout: taps * tap_channels.
 int64_t conv2d_depth(Format format, const Conv2dGeometry& geometry);
 
-// Scale of the activations: one an image. weights.k = conv2d_depth(). The weights are
-// packed as geometry.blocks() matrices, one after the other. Binary activations want x in NHWC: the
-// order of their sum.
+// Scale of the activations: one an image, or `fixed` as above. weights.k = conv2d_depth(). The
+// weights are packed as geometry.blocks() matrices, one after the other. Binary activations want x
+// in NHWC: the order of their sum.
 void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
-            Activation activation, float* y, int threads);
+            Activation activation, float* y, int threads, const StaticActivation* fixed = nullptr);
+
+// The bias that takes a zero point back, for `linear`, `conv2d` and all others that sum codes as
+// they are: out[n] = bias[n] - scale * weight_scale[n] * zero * (sum of the values of channel n's
+// weights), see README.md. Without a zero point it is the bias (or 0).
+void static_bias(const Weights& weights, const StaticActivation& activation, float* out,
+                 int threads);
+void static_bias(const Weights& weights, const Conv2dGeometry& geometry,
+                 const StaticActivation& activation, float* out, int threads);
 
 // Codes [n, k] to the packed layout and back (pack.cpp).
 int64_t packed_panels(int64_t n);

@@ -14,8 +14,32 @@ struct Quantized {
   std::vector<int> codes;
 };
 
-// One scale for n values.
-Quantized quantize(const float* x, int64_t n, Activation activation) {
+// A code for n values at a scale that is given.
+Quantized quantize(const float* x, int64_t n, Activation activation,
+                   const StaticActivation& fixed) {
+  Quantized q{fixed.scale, std::vector<int>(static_cast<size_t>(n), 0)};
+  const float inverse = 1.0f / fixed.scale;
+  const int largest = activation == Activation::int16 ? 32639 : 127;
+  const int lowest = activation == Activation::int16 ? -largest : -128;
+  for (int64_t i = 0; i < n; ++i) {
+    int& code = q.codes[static_cast<size_t>(i)];
+    const float v = x[i] * inverse;
+    if (!std::isfinite(x[i]))
+      q.scale = std::numeric_limits<float>::quiet_NaN();
+    else if (activation == Activation::binary)
+      code = x[i] >= 0.0f ? 1 : -1;
+    else if (std::fabs(v) > 100000.0f)
+      code = v > 0.0f ? largest : lowest;
+    else
+      code = std::clamp(static_cast<int>(std::nearbyint(v)) + fixed.zero, lowest, largest);
+  }
+  return q;
+}
+
+// One scale for n values: their own, unless it is given.
+Quantized quantize(const float* x, int64_t n, Activation activation,
+                   const StaticActivation* fixed) {
+  if (fixed) return quantize(x, n, activation, *fixed);
   Quantized q{0.0f, std::vector<int>(static_cast<size_t>(n), 0)};
   float amax = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
@@ -71,21 +95,29 @@ float epilogue(Epilogue kind, float y) {
   return kind == Epilogue::relu6 && y > 6.0f ? 6.0f : y;
 }
 
-// One output: channel n of the weights (in_panel: its number in `packed`) times the codes a(k).
+// One output: channel n of the weights (in_panel: its number in `packed`) times the codes a(k). K
+// is made up of taps of `tap` k, of which the first `used` are weights.
 template <class Codes>
 float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t n, float scale,
-             Codes a) {
+             int64_t tap, int64_t used, const StaticActivation* fixed, Codes a) {
   const FormatTraits& f = traits(w.format);
   const int64_t steps = (w.k + f.depth() - 1) / f.depth();
   const int64_t group = w.group_size ? w.group_size : std::max<int64_t>(w.k, 1);
   const int64_t groups = std::max<int64_t>((w.k + group - 1) / group, 1);
   float total = 0.0f;
+  double weights = 0.0;  // without the channel's scale
   for (int64_t g = 0; g < groups; ++g) {
-    int64_t sum = 0, activations = 0;
+    int64_t sum = 0, activations = 0, values = 0, count = 0;
     for (int64_t k = g * group; k < std::min(w.k, (g + 1) * group); ++k) {
       sum += int64_t{weight(f, packed, steps, in_panel, k)} * a(k);
       activations += a(k);
+      if (k % tap < used) values += weight(f, packed, steps, in_panel, k), ++count;
     }
+    double part = static_cast<double>(values);
+    if (w.group_scale) part *= double{from_half(w.group_scale[n * groups + g])};
+    if (w.group_zero)
+      part += double{from_half(w.group_zero[n * groups + g])} * static_cast<double>(count);
+    weights += part;
     if (!w.group_scale) {
       total = static_cast<float>(sum);
       continue;
@@ -95,22 +127,28 @@ float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t 
       total =
           std::fma(from_half(w.group_zero[n * groups + g]), static_cast<float>(activations), total);
   }
-  return epilogue(w.epilogue, std::fma(total, scale * w.scale[n], w.bias ? w.bias[n] : 0.0f));
+  float bias = w.bias ? w.bias[n] : 0.0f;
+  if (fixed && fixed->zero) {
+    const float each = fixed->scale * w.scale[n];
+    bias = static_cast<float>(double{bias} - double{each} * (double(fixed->zero) * weights));
+  }
+  return epilogue(w.epilogue, std::fma(total, scale * w.scale[n], bias));
 }
 
 }  // namespace
 
-void linear(const float* x, int64_t m, const Weights& w, Activation activation, float* y) {
+void linear(const float* x, int64_t m, const Weights& w, Activation activation, float* y,
+            const StaticActivation* fixed) {
   for (int64_t r = 0; r < m; ++r) {
-    const Quantized q = quantize(x + r * w.k, w.k, activation);
+    const Quantized q = quantize(x + r * w.k, w.k, activation, fixed);
     for (int64_t n = 0; n < w.n; ++n)
-      y[r * w.n + n] = output(w, w.packed, n, n, q.scale,
+      y[r * w.n + n] = output(w, w.packed, n, n, q.scale, w.k, w.k, fixed,
                               [&](int64_t k) { return q.codes[static_cast<size_t>(k)]; });
   }
 }
 
 void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activation activation,
-            float* y) {
+            float* y, const StaticActivation* fixed) {
   const FormatTraits& f = traits(w.format);
   const int64_t in = g.channels / g.groups, out = g.out_channels / g.groups;
   const int64_t tap = tap_channels(w.format, in);
@@ -126,7 +164,7 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
       nhwc[static_cast<size_t>(i)] =
           x[image * size + (g.x_channels_last ? i : c * g.height * g.width + pixel)];
     }
-    const Quantized q = quantize(nhwc.data(), size, activation);
+    const Quantized q = quantize(nhwc.data(), size, activation, fixed);
     for (int64_t oy = 0; oy < g.out_height; ++oy)
       for (int64_t ox = 0; ox < g.out_width; ++ox)
         for (int64_t n = 0; n < g.out_channels; ++n) {
@@ -135,13 +173,15 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
             const int64_t c = k % tap, kx = k / tap % g.kernel_w, ky = k / tap / g.kernel_w;
             const int64_t iy = oy * g.stride_h - g.pad_top + ky * g.dilation_h;
             const int64_t ix = ox * g.stride_w - g.pad_left + kx * g.dilation_w;
-            if (c >= in || iy < 0 || iy >= g.height || ix < 0 || ix >= g.width) return 0;
+            if (c >= in || iy < 0 || iy >= g.height || ix < 0 || ix >= g.width)
+              return fixed && c < in ? fixed->zero : 0;
             return q.codes[static_cast<size_t>((iy * g.width + ix) * g.channels + group * in + c)];
           };
           const int64_t pixel = oy * g.out_width + ox;
           const int64_t at = g.y_channels_last ? pixel * g.out_channels + n : n * pixels + pixel;
           y[image * pixels * g.out_channels + at] =
-              output(w, w.packed + group * group_bytes, together ? n : n % out, n, q.scale, code);
+              output(w, w.packed + group * group_bytes, together ? n : n % out, n, q.scale, tap, in,
+                     fixed, code);
         }
   }
 }

@@ -5,8 +5,10 @@
 
 namespace lowbit::reference {
 
-void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y);
+// `fixed`: as in lowbit.h, but the bias is the layer's own.
+void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
+            const StaticActivation* fixed = nullptr);
 void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
-            Activation activation, float* y);
+            Activation activation, float* y, const StaticActivation* fixed = nullptr);
 
 }  // namespace lowbit::reference

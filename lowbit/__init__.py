@@ -3,6 +3,7 @@
 Examples:
     qmodel = lowbit.quantize(model, "w4a8")      # a quantized copy
     report = lowbit.quantize_(model, "w8a8")     # in place; the account of every layer
+    lowbit.quantize(model, "w8a8-static", calibration=batches)
     prepared = lowbit.prepare_qat(model, "w2a8") # train this, then lowbit.convert(prepared)
     lowbit.compare(model, ["w8a8", "w4a8"], x)   # speed, size and quality, side by side
 """
@@ -20,15 +21,20 @@ except ImportError as error:
     if Path(sys.argv[0]).stem == "lowbit" or "lowbit.cli" in sys.orig_argv:
         raise SystemExit(f"lowbit: error: {error}") from None
     raise
-from lowbit import nn, qat
+from lowbit import nn, observers, qat
+from lowbit.calibration.deploy import convert
+from lowbit.calibration.prepare import prepare
+from lowbit.calibration.run import calibrate
 from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.fuse import fuse
 from lowbit.info import cpu_info
 from lowbit.mixed.search import search
 from lowbit.mixed.sensitivity import sensitivity
-from lowbit.qat import convert, prepare_qat
+from lowbit.qat import prepare_qat
 from lowbit.report import Report, summary
+from lowbit.rounding.equalize import equalize
+from lowbit.rounding.smooth import smooth
 from lowbit.schemes import RECIPES, Scheme
 from lowbit.serialize import FileFormatError, load_file, save_file
 
@@ -40,12 +46,16 @@ __all__ = [
     "Report",
     "Scheme",
     "__version__",
+    "calibrate",
     "compare",
     "convert",
     "cpu_info",
+    "equalize",
     "fuse",
     "load_file",
     "nn",
+    "observers",
+    "prepare",
     "prepare_qat",
     "qat",
     "quantize",
@@ -54,5 +64,6 @@ __all__ = [
     "save_file",
     "search",
     "sensitivity",
+    "smooth",
     "summary",
 ]

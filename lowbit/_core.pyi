@@ -3,7 +3,7 @@
 Everything that can be checked is, and raises ValueError; that an address is valid cannot.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -37,7 +37,7 @@ def tap_channels(format: str, channels_per_group: int) -> int: ...
 def conv2d_blocks(out_channels: int, groups: int) -> int: ...
 
 # x float32 [m, k], y float32 [m, n]; format, activation and epilogue are indices in
-# FORMATS, ACTIVATIONS and EPILOGUES
+# FORMATS, ACTIVATIONS and EPILOGUES; an activation_scale of 0: each row (image) has its own
 def linear(
     x: int,
     m: int,
@@ -54,6 +54,8 @@ def linear(
     bias: int,
     threads: int,
     epilogue: int = ...,
+    activation_scale: float = ...,
+    activation_zero: int = ...,
 ) -> None: ...
 
 # x and y float32 NHWC; geometry = batch, height, width, channels, out_channels, out_height,
@@ -75,9 +77,46 @@ def conv2d(
     x_channels_last: bool = ...,
     y_channels_last: bool = ...,
     epilogue: int = ...,
+    activation_scale: float = ...,
+    activation_zero: int = ...,
 ) -> None: ...
 
-# A layer's prepared call (lowbit.direct): the output, or None where it declines.
+# What `linear` and `conv2d` add in place of the bias where activations have a zero point: float32
+# [n] to out. Of the geometry nothing but channels, out_channels, kernel and groups counts.
+def linear_static_bias(
+    out: int,
+    activation_scale: float,
+    activation_zero: int,
+    threads: int,
+    format: int,
+    activation: int,
+    n: int,
+    k: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+) -> None: ...
+def conv2d_static_bias(
+    out: int,
+    activation_scale: float,
+    activation_zero: int,
+    threads: int,
+    geometry: tuple[int, ...],
+    format: int,
+    activation: int,
+    group_size: int,
+    packed: int,
+    scale: int,
+    group_scale: int,
+    group_zero: int,
+    bias: int,
+) -> None: ...
+
+# A layer's prepared call (lowbit.direct): the output, or None where it declines. With an
+# activation_scale, three tensors follow the operands: both parameters, and the static bias or None.
 class Direct:
     def __call__(self, x: object, attributes: dict[str, Any], /) -> Tensor | None: ...
     def matches(self, attributes: dict[str, Any], /) -> bool: ...
@@ -104,6 +143,8 @@ def direct_linear(
     group_zero: int,
     bias: int,
     epilogue: int = ...,
+    activation_scale: float = ...,
+    activation_zero: int = ...,
 ) -> Direct: ...
 def direct_conv2d(
     tensors: tuple[Tensor | None, ...],
@@ -120,7 +161,35 @@ def direct_conv2d(
     group_zero: int,
     bias: int,
     epilogue: int = ...,
+    activation_scale: float = ...,
+    activation_zero: int = ...,
 ) -> Direct: ...
+
+# A network of codes: values (channels, height, width, scale, zero point), and steps, each "op" and
+# its operands; weights are read where they are for as long as the program lives. Inputs and outputs
+# are (address, channels last) of dense float32. ValueError says which step is wrong.
+class Program:
+    def __init__(
+        self, values: Sequence[tuple[int, int, int, float, int]], steps: Sequence[dict[str, Any]]
+    ) -> None: ...
+    def run(
+        self,
+        inputs: Sequence[tuple[int, bool]],
+        outputs: Sequence[tuple[int, bool]],
+        batch: int,
+        threads: int,
+    ) -> None: ...
+    # Runs, and returns each step's operation and seconds, on the first thread.
+    def profile(
+        self,
+        inputs: Sequence[tuple[int, bool]],
+        outputs: Sequence[tuple[int, bool]],
+        batch: int,
+        threads: int,
+    ) -> list[tuple[str, float]]: ...
+    @property
+    def arena_bytes(self) -> int: ...  # of the codes of one image
+
 def fit_scales(
     x: int,
     mask: int,

@@ -88,17 +88,23 @@ def engines() -> tuple[str, ...]:
 
 
 def torch_int8(
-    model: nn.Module, batches: Sequence[Any], *, budget_seconds: float = 1.0
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    budget_seconds: float = 1.0,
+    calibration: Sequence[Any] | None = None,
 ) -> Int8Baseline:
     """torch's INT8 of a float model with the engine that is fastest here.
 
-    Static quantization is calibrated on `batches`; the first is also what the engines are timed
-    on. `torch.backends.quantized.engine` is as before afterwards, and `model` is not changed.
+    Static quantization is calibrated on `calibration`; the first of `batches` is what the engines
+    are timed on. `torch.backends.quantized.engine` is as before afterwards, and `model` is not
+    changed.
 
     Args:
         model: float model, in eval mode.
         batches: at least one batch, each a tensor, a tuple of arguments or a mapping of them.
         budget_seconds: time to race the engines after their first calls.
+        calibration: batches like those; None takes `batches`.
 
     Raises:
         ValueError: no batches.
@@ -120,7 +126,8 @@ def torch_int8(
         reason = "this build of torch has no quantized engine (x86, onednn or qnnpack)"
         return Int8Baseline(None, None, None, None, attempts, reason)
     for method, convert in methods:
-        found = _race(model, batches, method, convert, budget_seconds, attempts)
+        learned = batches if calibration is None else calibration
+        found = _race(model, batches[0], learned, method, convert, budget_seconds, attempts)
         if found is not None:
             return found
     reason = "; ".join(f"{name}: {why}" for name, why in attempts.items())
@@ -132,7 +139,8 @@ _Convert = Callable[[nn.Module, Sequence[Any], str], nn.Module]
 
 def _race(
     model: nn.Module,
-    batches: Sequence[Any],
+    timed: Any,
+    calibration: Sequence[Any],
     method: str,
     convert: _Convert,
     budget_seconds: float,
@@ -142,7 +150,7 @@ def _race(
     models: dict[str, nn.Module] = {}
     first_seconds: dict[str, float] = {}
     for engine in engines():
-        worked = _attempt(model, batches, convert, engine)
+        worked = _attempt(model, timed, calibration, convert, engine)
         if isinstance(worked, str):
             attempts[f"{method} {engine}"] = worked
         else:
@@ -150,7 +158,7 @@ def _race(
     if not models:
         return None
     with torch.inference_mode():
-        sides = {engine: _call(quantized, batches[0]) for engine, quantized in models.items()}
+        sides = {engine: _call(quantized, timed) for engine, quantized in models.items()}
         raced = timing.alternate(sides, min_rounds=3, budget_seconds=budget_seconds, warmup=1)
     attempts |= {f"{method} {e}": f"{raced[e].p50 * 1e3:.3g} ms" for e in models}
     best = min(models, key=lambda engine: raced[engine].p50)
@@ -158,14 +166,14 @@ def _race(
 
 
 def _attempt(
-    model: nn.Module, batches: Sequence[Any], convert: _Convert, engine: str
+    model: nn.Module, batch: Any, calibration: Sequence[Any], convert: _Convert, engine: str
 ) -> tuple[nn.Module, float] | str:
     """The model quantized for an engine and the seconds of its first call, or why it failed."""
     # torch offers no way to know beforehand what it can convert, and fails in many types.
     try:
         with _engine(engine), _no_warnings(), torch.no_grad():
-            quantized = convert(copy.deepcopy(model), batches, engine)
-        only = {engine: _call(quantized, batches[0])}
+            quantized = convert(copy.deepcopy(model), calibration, engine)
+        only = {engine: _call(quantized, batch)}
         with _no_warnings(), torch.inference_mode():
             timed = timing.alternate(only, min_rounds=1, budget_seconds=0, warmup=0)
     except Exception as error:

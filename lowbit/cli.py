@@ -131,6 +131,8 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
 
     schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
     _check_writable(arguments.plot)
+    on_inputs = str(arguments.calibration) == "inputs"
+    calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
     factory = find(arguments.model)
     model = build(factory, arguments.model)
     if arguments.inputs is not None:
@@ -147,10 +149,14 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
         torch_int8=not arguments.no_torch_int8,
         task=task,
         progress=progress,
+        calibration=calibration,
     )
     if arguments.plot is not None:
         comparison.plot(arguments.plot)
     data = json.loads(comparison.to_json()) | {"inputs": described}
+    if arguments.calibration is not None:
+        data["calibration"] = str(arguments.calibration)
+        described += f"; calibrated on {'these' if on_inputs else arguments.calibration}"
     return Output(f"inputs: {described}\n\n{comparison}", data)
 
 
@@ -172,11 +178,13 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
             if name not in overrides
         }
     _check_writable(arguments.output)
+    given = [recipe for recipe in (scheme, *overrides.values()) if recipe is not None]
+    calibration = _calibration(arguments.calibration, given)
     model = build(find(arguments.model), arguments.model)
     progress("converting")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no layer was converted")  # an error here
-        quantized = quantize(model, scheme, overrides=overrides)
+        quantized = quantize(model, scheme, overrides=overrides, calibration=calibration)
     report = summary(quantized)
     if not report.converted:
         reasons = [f"{row.name}: {row.note}" for row in report.kept[:3] if row.note]
@@ -205,6 +213,16 @@ def _search(arguments: argparse.Namespace, progress: Progress) -> Output:
     _check_writable(arguments.output)
     _check_writable(arguments.resume)
     return Output(*command.search(arguments, progress))
+
+
+def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
+    """The batches of a file, where these schemes ask for some; None where they do not."""
+    from lowbit.schemes import Scheme
+
+    learning = [name for name in schemes if Scheme.parse(name).learns]
+    if path is None and learning:
+        raise UsageError(f"{learning[0]} learns from example data: give --calibration FILE")
+    return None if path is None else read_inputs(path, "--calibration")[0]
 
 
 def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -328,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     compare.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
     _add_inputs(compare)
+    _add_calibration(compare, "; 'inputs' takes the inputs themselves")
     add_task(compare)
     compare.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
     _add_plot(compare)
@@ -354,6 +373,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=RECIPE",
         help="another recipe, or 'float', for a layer: its name, or re: and a regular expression",
     )
+    _add_calibration(convert)
     bench = command("bench", _bench, "Time one layer in every width against other engines.")
     from lowbit.benchmark.command import add_arguments
 
@@ -381,6 +401,15 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
     inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+
+
+def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
+    )
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

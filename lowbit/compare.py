@@ -24,15 +24,18 @@ from torch import nn
 
 import lowbit._core as _core
 from lowbit import baselines, timing
+from lowbit.calibration.data import Data, repeatable
 from lowbit.comparison import Comparison, Row
 from lowbit.errors import one_line
 from lowbit.quality import Quality, QualityMeter
+from lowbit.schemes import Scheme
 from lowbit.timing import MemoryUse, Timing
 
 TORCH_INT8 = "torch int8"
 _CALIBRATION_BATCHES = 8
 
 Progress = Callable[[str, float], None]  # what is being done, share of it done
+_Learned = Callable[[], Iterator[Any]] | None
 
 
 def compare(
@@ -45,6 +48,7 @@ def compare(
     torch_int8: bool = True,
     task: object = None,
     progress: Progress | None = None,
+    calibration: Data | str | None = None,
 ) -> Comparison:
     """Compares quantized models with the float model and with torch's INT8.
 
@@ -54,7 +58,8 @@ def compare(
             recipe that `quantize` takes; or a list of recipes.
         inputs: one batch (a tensor, a tuple of positional or a mapping of keyword arguments), or a
             list or another iterable of such batches. The first batch is timed; the quality is
-            taken over all of them, one at a time. The first 8 calibrate torch's static INT8.
+            taken over all of them, one at a time. The first 8 calibrate torch's static INT8 where
+            there is no `calibration`.
         threads: for torch and lowbit during the comparison; None leaves `torch.get_num_threads()`.
         budget_seconds: wall time of the timing rounds of all sides together. Converting, saving,
             the first calls and the quality come on top.
@@ -63,9 +68,14 @@ def compare(
             function of the float model's output and the candidate's (and the batch), or None to
             tell by the output: see `lowbit.tasks`.
         progress: called with the stage and the share of it that is done.
+        calibration: batches for the schemes among the candidates that learn from data, see
+            `lowbit.calibration.batches`, and for torch's static INT8, so that both learn from the
+            same. Not the inputs, if the quality shall be that on unseen ones; "inputs" takes the
+            first 8 batches of these all the same.
 
     Raises:
-        ValueError: no candidates, no inputs, a name that is taken, an invalid task or threads.
+        ValueError: no candidates, no inputs, a name that is taken, an invalid task or threads; a
+            scheme that learns from calibration data without any.
         RuntimeError: a candidate fails on the inputs, or its outputs are not built like the float
             model's; the message names it.
     """
@@ -75,15 +85,16 @@ def compare(
     if not head:
         raise ValueError("`inputs` holds no batch")
     QualityMeter(task)  # refuse an unknown task before the work, not after
+    learned = _calibration(calibration, head)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads(threads))
         stack.enter_context(baselines.eval_mode([model]))
         reference = _dtype_name(model)
-        chosen = _models(model, candidates, (reference, TORCH_INT8), report)
+        chosen = _models(model, candidates, (reference, TORCH_INT8), report, learned)
         stack.enter_context(baselines.eval_mode(list(chosen.values())))
         sides: dict[str, nn.Module] = {reference: model}
         notes: dict[str, list[str]] = {name: [] for name in (reference, TORCH_INT8, *chosen)}
-        baseline = _torch_int8(model, head, report) if torch_int8 else None
+        baseline = _torch_int8(model, head, report, learned) if torch_int8 else None
         if baseline is not None:
             notes[TORCH_INT8].append(baseline.reason or baseline.label)
             if baseline.model is not None:
@@ -123,12 +134,28 @@ def compare(
 
 
 def _torch_int8(
-    model: nn.Module, batches: Sequence[Any], report: Progress
+    model: nn.Module, batches: Sequence[Any], report: Progress, learned: _Learned
 ) -> baselines.Int8Baseline:
     report(TORCH_INT8, 0.0)
-    found = baselines.torch_int8(model, batches)
+    if learned is None:
+        found = baselines.torch_int8(model, batches)
+    else:
+        found = baselines.torch_int8(model, batches, calibration=list(learned()))
     report(TORCH_INT8, 1.0)
     return found
+
+
+def _calibration(calibration: Any, head: list[Any]) -> _Learned:
+    """A function that gives the batches to learn from, anew at each call."""
+    if calibration is None:
+        return None
+    if isinstance(calibration, str):
+        if calibration != "inputs":
+            raise ValueError(
+                f"`calibration` is {calibration!r}: pass batches, or 'inputs' to take the inputs"
+            )
+        return repeatable(head)
+    return repeatable(calibration)
 
 
 def _no_progress(stage: str, share: float) -> None:
@@ -173,6 +200,7 @@ def _models(
     candidates: Mapping[str, Any] | Sequence[str],
     reserved: Sequence[str],
     report: Progress,
+    learned: _Learned,
 ) -> dict[str, nn.Module]:
     """The candidates as models, recipes converted."""
     from lowbit.convert import quantize
@@ -189,7 +217,17 @@ def _models(
     models: dict[str, nn.Module] = {}
     for done, (name, candidate) in enumerate(candidates.items()):
         report("converting", done / len(candidates))
-        models[name] = candidate if isinstance(candidate, nn.Module) else quantize(model, candidate)
+        if isinstance(candidate, nn.Module):
+            models[name] = candidate
+        elif candidate is None or not Scheme.parse(candidate).learns:
+            models[name] = quantize(model, candidate)
+        elif learned is None:
+            raise ValueError(
+                f"candidate {name!r} learns from calibration data: pass calibration=batches, or "
+                "calibration='inputs' to let it learn from the inputs that it is compared on"
+            )
+        else:
+            models[name] = quantize(model, candidate, calibration=learned)
     report("converting", 1.0)
     return models
 

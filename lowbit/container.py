@@ -72,6 +72,7 @@ class File:
         aliases: name -> the name under which its tensor is stored.
         epilogues: name of a lowbit layer -> its epilogue, where it has one.
         account: name of a module -> its entry for `lowbit.summary`, without the scheme.
+        network: of a static network, what captures its float model again; else None.
     """
 
     path: str
@@ -80,6 +81,7 @@ class File:
     aliases: dict[str, str] = field(default_factory=dict)
     epilogues: dict[str, str] = field(default_factory=dict)
     account: dict[str, Entry] = field(default_factory=dict)
+    network: dict[str, Any] | None = None
 
     def error(self, message: str) -> FileFormatError:
         """An error about this file."""
@@ -186,6 +188,7 @@ def _description(file: File, lowbit_version: str) -> dict[str, Any]:
         },
         "aliases": file.aliases,
         "epilogues": file.epilogues,
+        "network": file.network,
         "account": {
             name: {
                 "kind": entry.kind,
@@ -222,6 +225,8 @@ def _parse(path: str, text: str) -> File:
             if epilogue not in _core.EPILOGUES:
                 raise ValueError(f"epilogue {epilogue!r}")
             file.epilogues[name] = epilogue
+        network = header.get("network")
+        file.network = None if network is None else dict(network)
         for name, item in dict(header["account"]).items():
             file.account[name] = Entry(
                 kind=_printable(item["kind"]),

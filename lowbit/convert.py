@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from lowbit import rules
 from lowbit.baselines import run
-from lowbit.calibration.data import Data, repeatable
+from lowbit.calibration.data import Data, batches, repeatable
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
@@ -25,9 +27,9 @@ from lowbit.report import Report, is_converted, lowbit_layers, set_entry, summar
 from lowbit.rounding.sequential import round_layers
 from lowbit.rules import register_converter
 
-__all__ = ["quantize", "quantize_", "register_converter"]
-
 ForwardFn = Callable[[nn.Module, Any], Any]
+
+__all__ = ["quantize", "quantize_", "register_converter"]
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -89,8 +91,27 @@ def quantize(
             asks for, or that holds no batch.
     """
     plan = make_plan(model, scheme, overrides, filter_fn, fuse)
-    _calibrate(model, plan, calibration, forward_fn, steps, correct_bias, block_steps)
-    return converted_copy(model, plan)
+    learning = _learning(plan, calibration, forward_fn, steps, correct_bias, block_steps)
+    if learning is None or not learning.static:
+        if learning is not None:
+            learning.round(model, plan)
+        return converted_copy(model, plan)
+    from lowbit.calibration import deploy
+    from lowbit.calibration.prepare import add_note, prepare
+
+    prepared = prepare(
+        model,
+        scheme,
+        learning.example(),
+        overrides=overrides,
+        filter_fn=filter_fn,
+        fuse=fuse,
+        graph=not learning.rounds,
+    )
+    if learning.rounds:
+        add_note(prepared, "runs layer by layer: its weights learn from the data, too")
+    learning.calibrate(prepared)
+    return deploy.calibrated_copy(prepared, learning.round)
 
 
 def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
@@ -161,8 +182,25 @@ def quantize_(
             f"quantize_ cannot replace the model itself, a {type(model).__name__}: "
             "use model = lowbit.quantize(model, scheme)"
         )
-    _calibrate(model, plan, calibration, forward_fn, steps, correct_bias, block_steps)
-    convert_in_place(model, plan)
+    learning = _learning(plan, calibration, forward_fn, steps, correct_bias, block_steps)
+    if learning is None or not learning.static:
+        if learning is not None:
+            learning.round(model, plan)
+        convert_in_place(model, plan)
+        return summary(model)
+    from lowbit.calibration import deploy
+    from lowbit.calibration.prepare import add_note, prepare_in_place
+    from lowbit.calibration.prepared import detach
+
+    plan = make_plan(model, scheme, overrides, filter_fn, fuse, epilogues=False)
+    prepare_in_place(model, plan, fuse)
+    add_note(model, "runs layer by layer: it was converted in place")
+    try:
+        learning.calibrate(model)
+    except BaseException:
+        detach(model)
+        raise
+    deploy.convert_calibrated(model, learning.round)
     return summary(model)
 
 
@@ -278,9 +316,24 @@ def _convert(job: Job, done: dict[int, nn.Module]) -> nn.Module:
     if layer is not job.module:
         layer.train(job.module.training)
         name_layer(layer, job.name)
+        if job.activation is not None:
+            _set_activation(layer, job)
         if job.tied_weight is not None:
             _share_equal_buffers(layer, done.setdefault(job.tied_weight, layer))
     return layer
+
+
+def _set_activation(layer: nn.Module, job: Job) -> None:
+    """Gives a layer the scale and zero point of its input, which its job knows."""
+    assert job.activation is not None
+    set_activation: Any = getattr(layer, "set_activation", None)
+    if set_activation is None:
+        raise ValueError(
+            f"layer '{job.name}': the converter of {job.kind} returned a {type(layer).__name__}, "
+            "not a layer of lowbit.nn, whose input was calibrated; give it a dynamic scheme by an "
+            "override"
+        )
+    set_activation(job.activation.scale, job.activation.zero)
 
 
 def _share_equal_buffers(layer: nn.Module, first: nn.Module) -> None:
@@ -323,48 +376,93 @@ def carry_over(carried: dict[str, Any], layer: nn.Module) -> None:
             vars(layer)[name] = value
 
 
-def _calibrate(
-    model: nn.Module,
+@dataclass
+class _Learning:
+    """Calibration data, and what learns from it.
+
+    Attributes:
+        data: what `batches` takes; read once, and again where weights learn, too.
+        static: whether activations have scales to learn.
+        rounds: whether weights, biases or blocks learn.
+    """
+
+    data: Data
+    forward_fn: ForwardFn | None
+    steps: int | None
+    correct_bias: bool
+    block_steps: int
+    static: bool
+    rounds: bool
+
+    def example(self) -> Any:
+        """The first batch, to capture a graph with; None where that is not done."""
+        if self.forward_fn is not None or self.rounds:
+            return None
+        source = batches(self.data, self.steps)
+        first = next(source)
+        self.data = itertools.chain([first], source)
+        return first
+
+    def calibrate(self, prepared: nn.Module) -> None:
+        from lowbit.calibration.run import calibrate
+
+        calibrate(prepared, self.data, self.forward_fn, self.steps)
+
+    def round(self, model: nn.Module, plan: Plan) -> None:
+        """Makes the layers that learn from data."""
+        if not self.rounds:
+            return
+        made: dict[int, nn.Module] = {}
+        layers = round_layers(
+            model,
+            plan.jobs,
+            repeatable(self.data, self.steps),
+            lambda job: _convert(job, made),
+            self.forward_fn or run,
+            self.correct_bias,
+            self.block_steps,
+        )
+        for job in plan.jobs:
+            job.layer = layers[id(job.module)]
+
+
+def _learning(
     plan: Plan,
     calibration: Data | None,
     forward_fn: ForwardFn | None,
     steps: int | None,
     correct_bias: bool,
     block_steps: int,
-) -> None:
-    """Makes the layers that learn from data; refuses data that nothing would use."""
-    learning = {
-        job.scheme.quantizer: job.name
-        for job in plan.jobs
-        if needs_data(job.scheme.quantizer or "")
-    }
+) -> _Learning | None:
+    """What learns from the data; None without. Refuses data that nothing would use."""
+    learned = [job for job in plan.jobs if needs_data(job.scheme.quantizer or "")]
+    static = [job for job in plan.jobs if job.scheme.static]
     if calibration is None:
         if forward_fn is not None or steps is not None or correct_bias or block_steps:
             raise ValueError(
                 "forward_fn, steps, correct_bias and block_steps belong to calibration data: pass "
                 "calibration="
             )
-        for quantizer, name in learning.items():
+        for job in learned:
             raise ValueError(
-                f"layer '{name}': quantizer {quantizer!r} needs calibration data: "
+                f"layer '{job.name}': quantizer {job.scheme.quantizer!r} needs calibration data: "
                 "lowbit.quantize(model, scheme, calibration=batches)"
             )
-        return
-    if not (learning or correct_bias or block_steps):
+        for job in static:
+            raise ValueError(
+                f"layer '{job.name}': {job.scheme.name} has static activations, whose scales come "
+                "from calibration data: lowbit.quantize(model, scheme, calibration=batches)"
+            )
+        return None
+    rounds = bool(learned or correct_bias or block_steps)
+    if not (rounds or static):
         names = ", ".join(dict.fromkeys(job.scheme.name for job in plan.jobs)) or "none"
         raise ValueError(f"no scheme of the model (they are: {names}) learns from calibration data")
-    made: dict[int, nn.Module] = {}
-    layers = round_layers(
-        model,
-        plan.jobs,
-        repeatable(calibration, steps),
-        lambda job: _convert(job, made),
-        forward_fn or run,
-        correct_bias,
-        block_steps,
+    if rounds and static and isinstance(calibration, Iterator):
+        calibration = list(batches(calibration, steps))
+    return _Learning(
+        calibration, forward_fn, steps, correct_bias, block_steps, bool(static), rounds
     )
-    for job in plan.jobs:
-        job.layer = layers[id(job.module)]
 
 
 def _warn_if_nothing_converted(model: nn.Module) -> None:

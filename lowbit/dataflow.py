@@ -63,7 +63,7 @@ class Flow:
 
     def sees(self, module: nn.Module) -> bool:
         """Whether all that this module's forward calls is known."""
-        return id(module) not in self._opaque and not _is_leaf(module)
+        return id(module) not in self._opaque and not is_leaf(module)
 
     def input_of(self, norm: nn.Module) -> nn.Module:
         """The layer whose every output goes to this norm alone, and which alone feeds it.
@@ -193,7 +193,7 @@ class _Search:
 
     def _collect(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         """Graphs that show the module from outside, and graphs of what is opaque in it."""
-        if _is_leaf(module):
+        if is_leaf(module):
             return [], []
         container = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # they have no forward
         own = [] if container else self._trace(module)
@@ -239,10 +239,10 @@ class _Tracer(fx.Tracer):
         self._opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or id(m) in self._opaque
+        return is_leaf(m) or id(m) in self._opaque
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (*FLOAT_CLASSES, _NormBase, LowbitLayer)):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

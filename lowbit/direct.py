@@ -36,7 +36,7 @@ def prepare_linear(w: PackedWeight, settings: Mapping[str, Any]) -> _core.Direct
     if not _can_prepare(w):
         return None
     return _core.direct_linear(  # type: ignore[call-arg]  # mypy takes the star for all the rest
-        w.tensors, dict(settings), *w.operands, w.epilogue
+        _tensors(w), dict(settings), *w.call, w.epilogue, *w.activation_parameters
     )
 
 
@@ -67,8 +67,21 @@ def prepare_conv2d(
     sizes = (0, 0, 0, w.channels, w.out_features, 0, 0)
     geometry = (*sizes, *w.kernel_size, *stride, top, left, *dilation, w.groups)
     return _core.direct_conv2d(  # type: ignore[call-arg]  # as above
-        w.tensors, dict(settings), geometry, bottom, right, *w.operands, w.epilogue
+        _tensors(w),
+        dict(settings),
+        geometry,
+        bottom,
+        right,
+        *w.call,
+        w.epilogue,
+        *w.activation_parameters,
     )
+
+
+def _tensors(w: PackedWeight) -> tuple[Tensor | None, ...]:
+    """What the prepared call holds: the operands, and the bias that it adds if that is another."""
+    fixed = w.fixed
+    return w.tensors if fixed is None else (*w.tensors, *fixed.tensors, fixed.bias)
 
 
 def _can_prepare(w: PackedWeight) -> bool:

@@ -103,19 +103,20 @@ def example_inputs(*owners: Any) -> tuple[Any, str]:
     )
 
 
-def read_inputs(path: Path) -> tuple[Any, str]:
+def read_inputs(path: Path, option: str = "--inputs") -> tuple[Any, str]:
     """Inputs from a file, and its description.
 
     Args:
         path: .npy (one array), .safetensors (one tensor, or several: keyword arguments by name) or
             .pt (a tensor, a tuple, a mapping, or a list of batches of these; weights only).
+        option: of the command line, for messages.
 
     Raises:
         UsageError: another suffix.
         CommandError: the file does not exist or cannot be read.
     """
     if path.suffix not in (".pt", ".pth", ".npy", ".safetensors"):
-        raise UsageError(f"{path}: --inputs takes .pt, .npy or .safetensors")
+        raise UsageError(f"{path}: {option} takes .pt, .npy or .safetensors")
     if not path.is_file():
         raise CommandError(f"{path}: no such file")
     try:

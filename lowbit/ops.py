@@ -35,13 +35,15 @@ _float32, _get_num_threads = torch.float32, torch.get_num_threads
 _LINEAR = (
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_group_scale, "
     "Tensor? weight_group_zero, Tensor? bias, str weight_format, str activation, "
-    "int in_features, int out_features, int group_size, str epilogue='none') -> Tensor"
+    "int in_features, int out_features, int group_size, str epilogue='none', "
+    "Tensor? activation_scale=None, Tensor? activation_zero=None) -> Tensor"
 )
 _CONV2D = (
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_group_scale, "
     "Tensor? weight_group_zero, Tensor? bias, str weight_format, str activation, "
     "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
-    "int[4] padding, int[2] dilation, int groups, str epilogue='none') -> Tensor"
+    "int[4] padding, int[2] dilation, int groups, str epilogue='none', "
+    "Tensor? activation_scale=None, Tensor? activation_zero=None) -> Tensor"
 )
 
 
@@ -49,7 +51,8 @@ _CONV_TRANSPOSE2D = (
     "(Tensor x, Tensor[] weight_packed, Tensor[] weight_scale, Tensor[] weight_group_scale, "
     "Tensor[] weight_group_zero, Tensor[] bias, str weight_format, str activation, "
     "int in_channels, int out_channels, int group_size, int[2] kernel_size, int[2] stride, "
-    "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups) -> Tensor"
+    "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups, "
+    "Tensor? activation_scale=None, Tensor? activation_zero=None) -> Tensor"
 )
 
 # Of a bias alone, by the index of the epilogue; all other outputs are the kernels'.
@@ -78,7 +81,13 @@ def linear_direct(x: Tensor, w: PackedWeight) -> Tensor:
         if w.depth:
             m = size // w.out_features
             _core.linear(  # type: ignore[call-arg]  # mypy takes the star for all the rest
-                x.data_ptr(), m, y.data_ptr(), *w.operands, _get_num_threads(), w.epilogue
+                x.data_ptr(),
+                m,
+                y.data_ptr(),
+                *w.call,
+                _get_num_threads(),
+                w.epilogue,
+                *w.activation_parameters,
             )
         elif w.bias is not None:
             y.copy_(_EPILOGUES[w.epilogue](w.bias))
@@ -126,11 +135,12 @@ def conv2d_direct(
             x.data_ptr(),
             y.data_ptr(),
             geometry,
-            *w.operands,
+            *w.call,
             _get_num_threads(),
             not nchw,
             channels_last,
             w.epilogue,
+            *w.activation_parameters,
         )
     return y if dtype is _float32 else y.to(dtype)
 
@@ -218,6 +228,8 @@ def _linear(
     out_features: int,
     group_size: int,
     epilogue: str = "none",
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     owner = "lowbit::linear"
     tensors = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
@@ -229,6 +241,7 @@ def _linear(
         (in_features, out_features),
         owner,
         epilogue,
+        (activation_scale, activation_zero),
     )
     return linear_direct(x, w)
 
@@ -246,6 +259,8 @@ def _linear_fake(
     out_features: int,
     group_size: int,
     epilogue: str = "none",
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     check_tensor(x, "lowbit::linear")
     check_features(x.shape, in_features, "lowbit::linear")
@@ -270,12 +285,15 @@ def _conv2d(
     dilation: Sequence[int],
     groups: int,
     epilogue: str = "none",
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     owner = "lowbit::conv2d"
     tensors = (weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias)
     _plain_input(x, owner)
     sizes = (in_channels, out_channels, (kernel_size[0], kernel_size[1]), groups)
-    w = conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner, epilogue)
+    formats, fixed = (weight_format, activation), (activation_scale, activation_zero)
+    w = conv2d_weight(tensors, formats, group_size, sizes, owner, epilogue, fixed)
     pads = (padding[0], padding[1], padding[2], padding[3])
     return conv2d_direct(x, w, (stride[0], stride[1]), pads, (dilation[0], dilation[1]))
 
@@ -298,6 +316,8 @@ def _conv2d_fake(
     dilation: Sequence[int],
     groups: int,
     epilogue: str = "none",
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     owner = "lowbit::conv2d"
     check_tensor(x, owner)
@@ -324,6 +344,8 @@ def _conv_transpose2d(
     output_padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     owner = "lowbit::conv_transpose2d"
     _plain_input(x, owner)
@@ -339,13 +361,12 @@ def _conv_transpose2d(
     ):
         raise ValueError(f"{owner}: takes {count} tensors of each kind, one for each part, or none")
     weights = []
+    formats, fixed = (weight_format, activation), (activation_scale, activation_zero)
     for i, part in enumerate(geometry):
         group_scale, group_zero, offset = (t[i] if t else None for t in lists[2:])
         tensors = (weight_packed[i], weight_scale[i], group_scale, group_zero, offset)
         sizes = (in_channels, out_channels * part.count, part.kernel_size, groups)
-        weights.append(
-            conv2d_weight(tensors, (weight_format, activation), group_size, sizes, owner)
-        )
+        weights.append(conv2d_weight(tensors, formats, group_size, sizes, owner, activation=fixed))
     return conv_transpose2d_direct(
         x, weights, geometry, kernel, strides, pads, more, dilations, owner
     )
@@ -381,6 +402,8 @@ def _conv_transpose2d_fake(
     output_padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    activation_scale: Tensor | None = None,
+    activation_zero: Tensor | None = None,
 ) -> Tensor:
     owner = "lowbit::conv_transpose2d"
     check_tensor(x, owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,33 @@ from lowbit.formats import FORMATS
 Tensors = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
 """weight_packed, weight_scale, weight_group_scale, weight_group_zero, bias."""
 
+ActivationTensors = tuple["Tensor | None", "Tensor | None"]
+"""activation_scale float32 [] and activation_zero int32 [] of static activations, or `DYNAMIC`."""
+
+ACTIVATION_NAMES = ("activation_scale", "activation_zero")
+_ACTIVATION_DTYPES = (torch.float32, torch.int32)
+DYNAMIC: ActivationTensors = (None, None)
+
 NAMES = ("weight_packed", "weight_scale", "weight_group_scale", "weight_group_zero", "bias")
+
+
+@dataclass(frozen=True)
+class FixedActivation:
+    """Static activations as they were checked, and what follows from them.
+
+    Attributes:
+        tensors: activation_scale and activation_zero.
+        scale, zero: their values: code q means scale * (q - zero).
+        bias: float32 [N], what the kernels add in place of the bias; None where that is right
+            (there is no zero point).
+        versions: of the weight's tensors, which `bias` is made of; see `tensor_version`.
+    """
+
+    tensors: tuple[Tensor, Tensor]
+    scale: float
+    zero: int
+    bias: Tensor | None
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,9 @@ class PackedWeight:
         kernel_size: of a convolution.
         groups: of a convolution.
         epilogue: index in `_core.EPILOGUES`: what is computed from the outputs.
+        fixed: static activations; None: each row or image has a scale of its own.
+        call: what the kernel takes: the operands, with the bias that it adds.
+        activation_parameters: what it takes last.
     """
 
     tensors: Tensors
@@ -45,6 +75,17 @@ class PackedWeight:
     kernel_size: tuple[int, int] = (1, 1)
     groups: int = 1
     epilogue: int = 0
+    fixed: FixedActivation | None = None
+    call: Any = ()
+    activation_parameters: tuple[float, int] = (0.0, 0)
+
+    def __post_init__(self) -> None:
+        call, fixed = self.operands, self.fixed
+        if fixed is not None:
+            object.__setattr__(self, "activation_parameters", (fixed.scale, fixed.zero))
+            if fixed.bias is not None:
+                call = (*call[:-1], fixed.bias.data_ptr())
+        object.__setattr__(self, "call", call)
 
     @property
     def bias(self) -> Tensor | None:
@@ -92,12 +133,13 @@ def conv_weight_layout(
 
 
 def tensor_shapes(
-    layout: tuple[int, int, int], weight_format: str, group_size: int
+    layout: tuple[int, int, int], weight_format: str, group_size: int, static: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor in `NAMES`, for a layout (blocks, rows, K).
 
     Args:
         group_size: 0 for one scale per channel; there are no group scales then.
+        static: whether there are those in `ACTIVATION_NAMES`, too.
     """
     blocks, rows, depth = layout
     panels, steps, vector = FORMATS[weight_format].packed_shape(rows, depth)
@@ -110,6 +152,11 @@ def tensor_shapes(
         group_shape = (blocks * rows, -(-depth // group_size))
         shapes["weight_group_scale"] = (group_shape, torch.float16)
         shapes["weight_group_zero"] = (group_shape, torch.float16)
+    if static:
+        shapes |= {
+            name: ((), dtype)
+            for name, dtype in zip(ACTIVATION_NAMES, _ACTIVATION_DTYPES, strict=True)
+        }
     return shapes
 
 
@@ -120,6 +167,7 @@ def linear_weight(
     sizes: tuple[int, int],
     owner: str,
     epilogue: str = "none",
+    activation: ActivationTensors = DYNAMIC,
 ) -> PackedWeight:
     """Checks the operands of a Linear, so that no wrong one can make a kernel read elsewhere.
 
@@ -130,17 +178,28 @@ def linear_weight(
         sizes: in_features, out_features.
         owner: name for error messages.
         epilogue: one of `_core.EPILOGUES`.
+        activation: see `ActivationTensors`.
 
     Raises:
-        ValueError: an unknown format, epilogue or group size, or a tensor of another shape, dtype
-            or layout.
-        RuntimeError: a tensor that is not on the CPU.
+        ValueError: an unknown format, epilogue or group size, a tensor of another shape, dtype or
+            layout, or activation parameters that no kernel takes.
+        RuntimeError: a tensor that is not on the CPU, or an activation scale of 0: it is not
+            calibrated.
     """
     channels, out_features = sizes
     indices = _check_formats(formats, group_size, owner)
     layout = (1, out_features, channels)
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, out_features, channels, group_size, *addresses)
+    fixed = _check_activation(
+        activation,
+        formats[1],
+        tensors,
+        owner,
+        lambda out, scale, zero: _core.linear_static_bias(
+            out, scale, zero, torch.get_num_threads(), *operands
+        ),
+    )
     return PackedWeight(
         tensors,
         operands,
@@ -150,6 +209,7 @@ def linear_weight(
         owner,
         formats[1],
         epilogue=_epilogue_index(epilogue, owner),
+        fixed=fixed,
     )
 
 
@@ -160,6 +220,7 @@ def conv2d_weight(
     sizes: tuple[int, int, tuple[int, int], int],
     owner: str,
     epilogue: str = "none",
+    activation: ActivationTensors = DYNAMIC,
 ) -> PackedWeight:
     """Checks the operands of a Conv2d; as `linear_weight`.
 
@@ -171,6 +232,17 @@ def conv2d_weight(
     layout = conv_weight_layout(formats[0], channels, out_channels, kernel_size, groups, owner)
     addresses = _check_tensors(tensors, layout, formats[0], group_size, owner)
     operands = (*indices, group_size, *addresses)
+    # Of the geometry nothing but the weight's counts.
+    geometry = (0, 0, 0, channels, out_channels, 0, 0, *kernel_size, 1, 1, 0, 0, 1, 1, groups)
+    fixed = _check_activation(
+        activation,
+        formats[1],
+        tensors,
+        owner,
+        lambda out, scale, zero: _core.conv2d_static_bias(
+            out, scale, zero, torch.get_num_threads(), geometry, *operands
+        ),
+    )
     return PackedWeight(
         tensors,
         operands,
@@ -182,7 +254,79 @@ def conv2d_weight(
         kernel_size,
         groups,
         _epilogue_index(epilogue, owner),
+        fixed,
     )
+
+
+def activation_problem(scale: float, zero: int, activation: str) -> str | None:
+    """Why a kernel takes no such parameters of static activations; None if it does.
+
+    Args:
+        scale: as a float32 holds it.
+    """
+    least = torch.finfo(torch.float32).tiny
+    if not least <= scale <= 1 / least:
+        return (
+            f"activation_scale {scale} must be a positive number that a float32 can divide by "
+            f"({least:.3g} to {1 / least:.3g})"
+        )
+    if activation == "int8" and not -128 <= zero <= 127:
+        return f"activation_zero {zero} must be in -128..127"
+    if activation != "int8" and zero:
+        return f"activation_zero {zero} must be 0: {activation} activations have no zero point"
+    return None
+
+
+def not_calibrated(owner: str) -> RuntimeError:
+    """The error of static activations without a scale."""
+    return RuntimeError(
+        f"{owner}: not calibrated: its activations are static, but their scale is still 0; "
+        "calibrate the model (lowbit.quantize(model, scheme, calibration=batches)), load a state "
+        "dict of a calibrated one, or set them by layer.set_activation(scale, zero)"
+    )
+
+
+def tensor_version(tensor: Tensor | None) -> int:
+    """How often a tensor was written to in place, as torch counts; -1 where it does not.
+
+    torch does not count writes to inference tensors, through `.data`, or through NumPy.
+    """
+    if tensor is None or tensor.is_inference():
+        return -1
+    return tensor._version
+
+
+def _check_activation(
+    tensors: ActivationTensors,
+    activation: str,
+    weights: Tensors,
+    owner: str,
+    make_bias: Callable[[int, float, int], None],
+) -> FixedActivation | None:
+    """Checks the parameters of static activations, and makes the bias that goes with them.
+
+    Args:
+        make_bias: writes it to an address, for a scale and a zero point.
+    """
+    scale_tensor, zero_tensor = tensors
+    if scale_tensor is None and zero_tensor is None:
+        return None
+    if scale_tensor is None or zero_tensor is None:
+        raise ValueError(f"{owner}: {' and '.join(ACTIVATION_NAMES)} go together")
+    for name, tensor, dtype in zip(ACTIVATION_NAMES, tensors, _ACTIVATION_DTYPES, strict=True):
+        _check_operand(name, tensor, ((), dtype), owner)
+    scale, zero = float(scale_tensor), int(zero_tensor)
+    if scale == 0:
+        raise not_calibrated(owner)
+    problem = activation_problem(scale, zero, activation)
+    if problem:
+        raise ValueError(f"{owner}: {problem}")
+    bias = None
+    if zero:
+        bias = torch.empty_like(weights[1])
+        make_bias(bias.data_ptr(), scale, zero)
+    versions = tuple(tensor_version(tensor) for tensor in weights)
+    return FixedActivation((scale_tensor, zero_tensor), scale, zero, bias, versions)
 
 
 def _check_formats(formats: tuple[str, str], group_size: int, owner: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from lowbit import rules
 from lowbit.dataflow import Flow
 from lowbit.epilogues import ACTIVATIONS, find_absorbed
 from lowbit.fuse import Fold, find_folds, folded_layer, norm_entry
+from lowbit.observers import Affine
 from lowbit.report import (
     Entry,
     count_bytes,
@@ -56,6 +57,7 @@ class Job:
     folded: str = ""
     fold: Fold | None = None
     epilogue: str = "none"
+    activation: Affine | None = None
     layer: nn.Module | None = None  # made already, where its inputs decide about it
 
     def entry(self) -> Entry:
@@ -69,11 +71,15 @@ class Job:
 
 @dataclass
 class Plan:
-    """Layers to convert, activations that they compute, and the entries to leave on modules."""
+    """Layers to convert, activations that they compute, and the entries to leave on modules.
+
+    `counted`: the tensors whose bytes an entry has, see `count_bytes`.
+    """
 
     jobs: list[Job] = field(default_factory=list)
     absorbed: list[nn.Module] = field(default_factory=list)
     entries: list[tuple[nn.Module, Entry]] = field(default_factory=list)
+    counted: set[tuple[int, ...]] = field(default_factory=set)
 
     def keep(self, job: Job) -> None:
         """Account for a layer that its converter left as it is."""
@@ -94,11 +100,34 @@ def make_plan(
 
     `epilogues`: with `fuse`, whether layers take the activations behind them along, too.
     """
-    chooser = _Chooser(scheme, overrides or {}, filter_fn)
+    plan = plan_layers(model, _Chooser(scheme, overrides or {}, filter_fn))
+    if fuse:
+        plan_fusion(plan, model, epilogues=epilogues)
+    return plan
+
+
+class Chooser(Protocol):
+    """What decides the scheme of each layer that could convert.
+
+    Attributes:
+        lowbit_names: names of layers that are lowbit's already; filled while a plan is made.
+    """
+
+    lowbit_names: list[str]
+
+    def choose(self, name: str, module: nn.Module) -> tuple[Scheme | None, str]:
+        """The scheme, or None and why the layer stays float."""
+
+    def check_all_matched(self) -> None:
+        """Asked last; raises ValueError for what was said of no layer."""
+
+
+def plan_layers(model: nn.Module, chooser: Chooser) -> Plan:
+    """A plan without fusion: which layers convert to what."""
     plan = Plan()
     converted: set[int] = set()
     chosen: dict[int, tuple[str, Scheme | None]] = {}
-    counted: set[tuple[int, ...]] = set()
+    counted = plan.counted
     owners = _parameter_owners(model)
 
     for name, module, parent in walk(model, lambda m: id(m) in converted or is_unit(m)):
@@ -141,17 +170,25 @@ def make_plan(
     for job in plan.jobs:
         _check_finite(job)
         _note_ties(job, owners, converted)
-    kinds: tuple[type[nn.Module], ...] = (_BatchNorm, *ACTIVATIONS)
-    if fuse and plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
-        flow = Flow(model)
-        _plan_folds(plan, model, flow, counted)
-        if epilogues:
-            _plan_epilogues(plan, model, flow)
     return plan
 
 
-def _plan_folds(plan: Plan, model: nn.Module, flow: Flow, counted: set[tuple[int, ...]]) -> None:
+def plan_fusion(
+    plan: Plan, model: nn.Module, *, folds: bool = True, epilogues: bool = True
+) -> None:
+    """Adds to a plan the batch norms to fold, and the activations that layers compute."""
+    kinds: tuple[type[nn.Module], ...] = (_BatchNorm, *ACTIVATIONS)
+    if plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
+        flow = Flow(model)
+        if folds:
+            _plan_folds(plan, model, flow)
+        if epilogues:
+            _plan_epilogues(plan, model, flow)
+
+
+def _plan_folds(plan: Plan, model: nn.Module, flow: Flow) -> None:
     """Fold batch norms into the layers that convert, and account for all others."""
+    counted = plan.counted
     jobs = {id(job.module): job for job in plan.jobs}
     folds, kept = find_folds(model, flow)
     for fold in folds:

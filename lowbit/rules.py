@@ -29,6 +29,9 @@ _COMPUTES = (
     "bias",
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PREPARED = "_lowbit_prepared"
+"""The attribute of a layer that was prepared for calibration."""
+
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _registered: dict[type[nn.Module], Converter] = {}
@@ -137,6 +140,11 @@ def is_builtin(converter: Converter) -> bool:
     return converter in _EMPTY
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether one of lowbit's own converters takes modules of this kind."""
+    return _registered_for(module) is None and _builtin_for(module) is not None
+
+
 def hook_count(module: nn.Module) -> int:
     """How many hooks a module's call runs."""
     return sum(len(vars(module).get(hooks) or ()) for hooks in HOOKS)
@@ -178,6 +186,8 @@ def _blocked(module: nn.Module, parent: nn.Module | None) -> str:
         )
     if hasattr(type(module), "lowbit_class"):
         return "it is prepared for training: lowbit.convert makes the deployed layer of it"
+    if PREPARED in vars(module):
+        return "it is prepared for calibration: lowbit.convert makes the deployed layer of it"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
@@ -259,6 +269,22 @@ def _conv_with_static_padding(module: nn.Conv2d) -> tuple[nn.Conv2d, tuple[int, 
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     height, width = sizes
     return height, width
+
+
+def with_static_padding(conv: Conv2d, padding: tuple[int, int, int, int]) -> PaddedConv2d:
+    """A lowbit convolution that also pads by (left, right, top, bottom), sharing its tensors."""
+    result = PaddedConv2d(
+        **conv._arguments(conv),
+        bias=conv.bias is not None,
+        scheme=conv.scheme,
+        device="meta",
+        dtype=conv.weight_dtype,
+    )
+    result._buffers.update(conv._buffers)
+    before = vars(conv).get("static_padding", (0, 0, 0, 0))
+    total = tuple(a + b for a, b in zip(before, padding, strict=True))
+    vars(result).update(static_padding=total, epilogue=conv.epilogue, _fqn=conv._fqn)
+    return result.train(conv.training)
 
 
 def _convert_padded_conv(module: nn.Conv2d, scheme: Scheme) -> Conv2d:

@@ -19,7 +19,9 @@ VERSION = 1
 
 _WEIGHT_LETTER = {"int8": "8", "int4": "4", "int2": "2", "binary": "1", "ternary": "t"}
 _ACTIVATION_LETTER = {"int8": "8", "int16": "16", "binary": "1"}
-_RECIPE = re.compile(r"w(8|4|2|1|t)a(16|8|1)(?:-g(\d+))?(?:-(?!g\d*$)([a-z]\w*))?")
+_RECIPE = re.compile(
+    r"w(8|4|2|1|t)a(16|8|1)(?:-g(\d+))?(-static)?(?:-(?!g\d*$|static$)([a-z]\w*))?"
+)
 
 RECIPES = (
     "w8a8",
@@ -34,7 +36,8 @@ RECIPES = (
     "wta16",
     "w1a16",
 )
-"""The usual recipes; each takes a suffix such as "-g128" for one scale per 128 weights."""
+"""The usual recipes; each takes a suffix such as "-g128" for one scale per 128 weights, and
+"-static" for calibrated activations."""
 
 
 def _dtype_names(**names: str) -> dict[torch.dtype, str]:
@@ -54,11 +57,14 @@ class Scheme:
         weight: "int8", "int4", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1). A torch dtype
             such as `torch.int4` is accepted too.
         activation: "int8", "int16" (practically lossless, about half the speed) or "binary"
-            (the sign). Quantized during the forward pass, one scale per row or image.
+            (the sign). Quantized during the forward pass, one scale per row or image, unless
+            `static`.
         group_size: weights along K that share a scale, a multiple of 32; None for one scale per
             output channel.
         quantizer: how scales and codes are chosen, see `lowbit.quantizers`. None takes the
             default of the weight format.
+        static: whether activations have one scale, and int8 ones a zero point, that calibration
+            found, the same for every input of the layer: faster, since the input is read once.
 
     Raises:
         ValueError: an unknown name, a group size that no kernel takes, or a quantizer that does
@@ -69,6 +75,7 @@ class Scheme:
     activation: str = "int8"
     group_size: int | None = None
     quantizer: str | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         weight = _name(self.weight, _WEIGHT_DTYPES, "weight", tuple(FORMATS))
@@ -84,6 +91,8 @@ class Scheme:
         object.__setattr__(self, "activation", activation)
         object.__setattr__(self, "group_size", _group_size(self.group_size))
         object.__setattr__(self, "quantizer", quantizer)
+        if not isinstance(self.static, bool):
+            raise ValueError(f"static is True or False, not {self.static!r}")
 
     @property
     def name(self) -> str:
@@ -91,12 +100,19 @@ class Scheme:
         name = f"w{_WEIGHT_LETTER[self.weight]}a{_ACTIVATION_LETTER[self.activation]}"
         if self.group_size is not None:
             name += f"-g{self.group_size}"
+        if self.static:
+            name += "-static"
         if self.quantizer != quantizers.DEFAULTS[self.weight]:
             name += f"-{self.quantizer}"
         return name
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def learns(self) -> bool:
+        """Whether it takes calibration data to convert: static activations, or its quantizer."""
+        return self.static or quantizers.needs_data(self.quantizer or "")
 
     @classmethod
     def parse(cls, value: str | Scheme | Mapping[str, Any]) -> Scheme:
@@ -119,14 +135,15 @@ class Scheme:
         if match is None:
             raise ValueError(
                 f"unknown scheme {value!r}; use one of {', '.join(RECIPES)}, with a suffix such as "
-                "'-g128' for groups, or a lowbit Scheme"
+                "'-g128' for groups, '-static' for calibrated activations, or a lowbit Scheme"
             )
-        weight, activation, group_size, quantizer = match.groups()
+        weight, activation, group_size, static, quantizer = match.groups()
         return cls(
             weight=_key_of(_WEIGHT_LETTER, weight),
             activation=_key_of(_ACTIVATION_LETTER, activation),
             group_size=None if group_size is None else int(group_size),
             quantizer=quantizer,
+            static=static is not None,
         )
 
     def to_dict(self) -> dict[str, Any]:

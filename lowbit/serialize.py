@@ -43,6 +43,8 @@ from lowbit.report import (
     weight_shape,
 )
 from lowbit.schemes import Scheme
+from lowbit.static.loading import description, empty_network
+from lowbit.static.network import Network
 
 __all__ = ["FileFormatError", "load_file", "save_file"]
 
@@ -67,6 +69,8 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     file = File(os.fspath(path))
     _collect_tensors(model, file)
+    if isinstance(model, Network):
+        file.network = description(model)
     for name, module, _ in walk(model, stop=is_unit):
         entry = entry_of(module)
         if entry is not None:
@@ -94,7 +98,8 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         path: of the file. It must not be overwritten in place while the model is in use.
 
     Returns:
-        The model; where it is itself a layer, the lowbit layer.
+        The model; where it is itself a layer, the lowbit layer; of a file of a static network, a
+        new `lowbit.static.Network`, for which the float model is captured again.
 
     Raises:
         FileFormatError: a ValueError. The file is damaged, not written by lowbit, newer than this
@@ -103,6 +108,8 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         OSError: the file cannot be read.
     """
     file = read_file(path)
+    if file.network is not None and not isinstance(model, Network):
+        model = empty_network(model, file)
     with _folded_norms(model, file):
         slots = child_slots(model)
         layers = _empty_layers(model, file)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file as save_safetensors
 
 import lowbit
-from lowbit import _core, cli
+from lowbit import _core, cli, quality
 
 MODELS = """
 import torch
@@ -202,6 +202,45 @@ def test_compare_reads_named_inputs(run_json, folder):
     assert data["rows"][1]["quality"]["elements"] == 16
 
 
+@pytest.fixture
+def sample(folder):
+    """A file of calibration data for `models:mlp`, and the batches in it."""
+    x = [torch.randn(16, 64), torch.randn(16, 64)]
+    torch.save(x, folder / "sample.pt")
+    return x
+
+
+def test_compare_calibrates_static_schemes(run, run_json, sample):
+    command = (*COMPARE, "models:mlp", "--schemes", "w8a8,w8a8-static", "--input-shape", "5,64")
+    data = run_json(*command, "--calibration", "sample.pt")
+    assert data["calibration"] == "sample.pt"
+    on_inputs = run_json(*command, "--calibration", "inputs")
+    assert "calibrated on these" in run(*command, "--calibration", "inputs")[1]
+    import models
+
+    model = models.mlp()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    quantized = lowbit.quantize(model, "w8a8-static", calibration=sample)
+    expected = quality.measure(model(x), quantized(x))
+    assert data["rows"][2]["quality"]["sqnr_db"] == pytest.approx(expected.sqnr_db)
+    quantized = lowbit.quantize(model, "w8a8-static", calibration=x)
+    expected = quality.measure(model(x), quantized(x))
+    assert on_inputs["rows"][2]["quality"]["sqnr_db"] == pytest.approx(expected.sqnr_db)
+
+
+def test_convert_calibrates(run, sample):
+    command = ("convert", "models:mlp", "-o", "m.safetensors", "--scheme", "w8a8-static")
+    code, out, err = run(*command, "--calibration", "sample.pt")
+    assert code == 0, err
+    assert "w8a8-static" in out
+    import models
+
+    expected = lowbit.quantize(models.mlp(), "w8a8-static", calibration=sample)
+    loaded = lowbit.load_file(models.mlp(), "m.safetensors")
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), expected(x))
+
+
 def test_compare_plots(run, folder):
     pytest.importorskip("matplotlib")
     code, _, err = run(*COMPARE, "models:mlp", "--plot", "plot.png")
@@ -295,6 +334,11 @@ SHAPE = ("--input-shape", "2,64")
         ((*CONVERT, "models:mlp", "--override", "2=w9"), 2, "unknown scheme 'w9'"),
         ((*CONVERT, "models:mlp", "--override", "9=w8a8"), 1, "'9'"),
         ((*CONVERT, "models:activation"), 1, "no layer was converted"),
+        ((*COMPARE, "models:mlp", "--schemes", "w8a8-static"), 2, "give --calibration FILE"),
+        ((*CONVERT, "models:mlp", "--scheme", "w8a8-static"), 2, "give --calibration FILE"),
+        ((*CONVERT, "models:mlp", "--override", "2=w8a8-static"), 2, "give --calibration FILE"),
+        ((*CONVERT, "models:mlp", "--calibration", "no.pt"), 1, "no such file"),
+        ((*CONVERT, "models:mlp", "--calibration", "models.py"), 2, "--calibration takes .pt"),
         (("convert", "models:mlp"), 2, "-o"),
         (("bench", "--shapes", "64"), 2, "INxOUT"),
         (("bench", "--shapes", "0x64"), 2, "holds a zero"),

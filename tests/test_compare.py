@@ -207,6 +207,8 @@ def test_a_candidate_with_other_outputs_is_named(canned, model):
         ({"inputs": 3}, "is a int"),
         ({"threads": 0}, "at least 1"),
         ({"task": "regression"}, "unknown task"),
+        ({"candidates": ["w8a8-static"]}, "'w8a8-static' learns from calibration data"),
+        ({"calibration": "input"}, "pass batches, or 'inputs'"),
     ],
 )
 def test_bad_arguments(canned, model, change, message):
@@ -306,3 +308,35 @@ def test_quantized_models_and_recipes_mix(model):
     found = compare(model, candidates, _x(), budget_seconds=0, torch_int8=False)
     assert found["mine"].quality == found["theirs"].quality
     assert found["mine"].weight_bytes == found["theirs"].weight_bytes
+
+
+def test_calibration_data_are_for_all_that_learn(canned, model, monkeypatch):
+    from lowbit.convert import quantize
+
+    learned, x = [_x(16, seed=s) for s in (1, 2)], _x()
+    seen = []
+    original = baselines.torch_int8
+
+    def torch_int8(model, batches, *, calibration=None, **options):
+        seen.append(calibration)
+        return original(model, batches, calibration=calibration, **options)
+
+    monkeypatch.setattr(baselines, "torch_int8", torch_int8)
+    found = compare(model, ["w8a8", "w8a8-static", "w4a8-static"], x, calibration=iter(learned))
+    for recipe in ("w8a8-static", "w4a8-static"):
+        expected = measure(model(x), quantize(model, recipe, calibration=learned)(x))
+        assert found[recipe].quality.sqnr_db == pytest.approx(expected.sqnr_db)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], learned, strict=True))
+    compare(model, ["w8a8"], x)
+    assert seen[1] is None  # torch's learns from the inputs, then
+
+
+def test_inputs_calibrate_if_they_are_said_to(canned, model):
+    from lowbit.convert import quantize
+
+    inputs = [_x(8), _x(3, seed=1)]
+    found = compare(model, ["w8a8-static"], inputs, calibration="inputs", torch_int8=False)
+    quantized = quantize(model, "w8a8-static", calibration=inputs)
+    expected = measure(torch.cat([model(x) for x in inputs]),
+                       torch.cat([quantized(x) for x in inputs]))  # fmt: skip
+    assert found["w8a8-static"].quality.sqnr_db == pytest.approx(expected.sqnr_db)

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 import lowbit
 from lowbit.demo import run as demo_run
 from lowbit.demo.network import Prediction, load_model, predict
-from lowbit.demo.photographs import PHOTOS, class_names, load_views
+from lowbit.demo.photographs import PHOTOS, class_names, load_views, random_crops
 from lowbit.demo.result import prediction_tables
 from lowbit.demo.schemes import MIXED
 
@@ -36,6 +36,17 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_random_crops_are_repeatable_and_differ():
+    crops = random_crops(PHOTOS[0], 3)
+    assert crops.shape == (3, 3, 224, 224)
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(crops, random_crops(PHOTOS[0], 3))
+    assert torch.equal(crops, random_crops(PHOTOS[0], 5)[:3])
+    others = [crops[1:2], random_crops(PHOTOS[0], 3, seed=1)[:1], random_crops(PHOTOS[1], 1)]
+    assert not any(torch.equal(crops[:1], other) for other in others)
+    assert -127 / 128 <= crops.min() < crops.max() <= 1
 
 
 def test_class_names_are_imagenet():

@@ -93,7 +93,7 @@ def test_intrinsics_live_in_isa(path):
 def test_no_torch_and_python_in_bindings_and_direct_alone(path):
     system = includes(path, "<>")
     assert not [header for header in system if re.match(r"torch|ATen|c10", header)]
-    if path.name != "bindings.cpp":
+    if path.stem not in ("bindings", "bindings_program"):
         assert not [header for header in system if re.match(r"pybind11", header)]
         assert path.stem == "direct" or "Python.h" not in system
 
@@ -114,7 +114,9 @@ def test_includes_point_downward(path):
         "formats.h": set(),
         "cpu.h": set(),
         "lowbit.h": {"formats.h"},
-        "bindings.cpp": {"cpu.h", "direct.h", "lowbit.h"},
+        "bindings.cpp": {"bindings.h", "cpu.h", "direct.h", "lowbit.h"},
+        "bindings_program.cpp": {"bindings.h", "program.h"},
+        "bindings.h": {"lowbit.h"},
         "direct.h": {"lowbit.h"},
     }
     assert set(own) <= allowed.get(path.name, set(own))
@@ -157,6 +159,13 @@ def test_isa_files_refuse_the_wrong_flags(path):
 # Files whose tests have another name than test_<file>.
 CPP_TESTED_IN = {
     "activations": "test_linear.py",
+    "arena": "test_program.py",
+    "bindings_program": "test_program_errors.py",
+    "code_steps": "test_program.py",
+    "conv_step": "test_program.py",
+    "pool_steps": "test_program.py",
+    "step": "test_program.py",
+    "step_check": "test_program_errors.py",
     "bindings": "test_linear.py",
     "cpu": "test_dispatch.py",
     "depthwise": "test_conv2d.py",

@@ -29,6 +29,17 @@ inline FloatReg float_splat(float x) { return _mm256_set1_ps(x); }
 inline FloatReg float_broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 inline FloatReg multiply(FloatReg a, FloatReg b) { return _mm256_mul_ps(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
+inline FloatReg float_add(FloatReg a, FloatReg b) { return _mm256_add_ps(a, b); }
+inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm256_max_ps(a, b); }
+inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm256_min_ps(a, b); }
+inline Reg nearest(FloatReg v) { return _mm256_cvtps_epi32(v); }
+inline void store_codes(int8_t* p, Reg v) {
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+}
+inline Reg load_codes(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+x"(v)); }
 
 template <uint64_t kByte>

@@ -38,9 +38,64 @@ LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg 
   }
 }
 
+// What Requantize says, in registers.
+struct CodeRegs {
+  FloatReg inverse, low, high, residual_scale;
+  Reg zero, residual_zero;
+
+  LOWBIT_INLINE explicit CodeRegs(const Requantize& to)
+      : inverse(float_splat(to.inverse)),
+        low(float_splat(to.low)),
+        high(float_splat(to.high)),
+        residual_scale(float_splat(to.residual_scale)),
+        zero(splat_lanes(to.zero)),
+        residual_zero(splat_lanes(to.residual_zero)) {}
+
+  static LOWBIT_INLINE Reg splat_lanes(int32_t x) {
+    int8_t four[4];
+    __builtin_memcpy(four, &x, 4);
+    return broadcast(four);
+  }
+  LOWBIT_INLINE FloatReg with_residual(FloatReg y, const int8_t* r) const {
+    return float_add(y, multiply(to_float(sub(load_codes(r), residual_zero)), residual_scale));
+  }
+  // Saturates: storing does what the bounds would.
+  template <bool Saturates>
+  LOWBIT_INLINE void put(int8_t* q, FloatReg v) const {
+    v = multiply(v, inverse);
+    if constexpr (!Saturates) v = float_min(float_max(v, low), high);
+    store_codes(q, add(nearest(v), zero));
+  }
+};
+
+// The same as finish_tile, as codes.
+template <bool Saturates, int R, int V, class Value>
+LOWBIT_INLINE void put_tile(const Tile& t, int panel, Value f) {
+  const CodeRegs code(*t.requantize);
+  const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
+  int8_t* const* const q = t.q;
+  const int8_t* const* const residual = t.residual;
+  const ptrdiff_t first = t.q_first + panel * kPanel;
+  LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
+    int8_t* const out = q[r] + first;
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+      FloatReg y = fmadd(f(r, v), float_load(scale + v * kLanes), float_load(bias + v * kLanes));
+      if (residual) y = code.with_residual(y, residual[r] + first + v * kLanes);
+      code.put<Saturates>(out + v * kLanes, y);
+    }
+  }
+}
+
+template <int R, int V, class Value>
+LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
+  if (t.requantize->saturates) return put_tile<true, R, V>(t, panel, f);
+  put_tile<false, R, V>(t, panel, f);
+}
+
 // y = fma(f(r, v), row_scale * scale, bias)
 template <int R, int V, class Value>
 LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
+  if (t.requantize) return finish_codes<R, V>(t, panel, f);
   float* const y = t.y + panel * kPanel;
   const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
   const float* const row_scale = t.row_scale;
@@ -64,7 +119,7 @@ LOWBIT_INLINE void fetch_output(const Tile& t, int panel) {
 // loop(first, steps, sums) adds a group's products to sums, which start at the offset.
 template <int MR, int V, class Loop>
 LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
-  if (!t.sums) fetch_output<MR, V>(t, panel);
+  if (!t.sums && !t.requantize) fetch_output<MR, V>(t, panel);
   alignas(kVectorBytes) float room[MR * V * kLanes];
   // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
   float* f = room;

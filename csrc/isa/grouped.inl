@@ -25,6 +25,17 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
             column_dot(acc[r][v], make_column(shuffle(a[r], control)), weights);
       }
   }
+  if (t.requantize) {
+    const CodeRegs code(*t.requantize);
+    int8_t* q = t.q + first * t.y_pitch + panel * kPanel;
+    LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
+      const ptrdiff_t at = panel * kPanel + v * kLanes;
+      const FloatReg scale = float_load(t.scale + at), bias = float_load(t.bias + at);
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r)
+          code.put<false>(q + r * t.y_pitch + v * kLanes, fmadd(to_float(acc[r][v]), scale, bias));
+    }
+    return;
+  }
   float* y = t.y + first * t.y_pitch + panel * kPanel;
   LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
     const ptrdiff_t at = panel * kPanel + v * kLanes;

@@ -14,6 +14,7 @@ inline Tile half_of(const Tile& t, int half) {
   part.scale += first;
   part.bias += first;
   part.y += first;
+  part.q_first += first;
   return part;
 }
 

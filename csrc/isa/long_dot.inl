@@ -124,13 +124,12 @@ struct Dot {
       t.offset = offsets;
       t.offset_pitch = t.groups;
     }
-    // The low byte of an int16 activation may be -128.
-    const bool any = B == 8 && t.planes == 2;
+    const bool any = B == 8 && t.lowest;
     for (int p = 0; p < t.panels; ++p)
       over_rows(t, kLongRows, [&](const Tile& part, int rows) {
         with_rows<1, kLongRows>(rows, [&](auto mr) {
           constexpr int MR = decltype(mr)::value;
-          if constexpr (B == 8 && MR % 2 == 0)
+          if constexpr (B == 8)
             if (any) return tile_of<MR, true>(part, p);
           tile_of<MR, false>(part, p);
         });

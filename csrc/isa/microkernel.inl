@@ -15,7 +15,10 @@
 //   shift_left<N>(v) shift_right<N>(v): lanes, arithmetic
 //   interleave(t0..t3, out) 16 bytes of each of 4 taps to 16 lanes of 4 bytes
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
-//   multiply(a, b) fmadd(a, b, c) opaque_float(v)
+//   multiply(a, b) float_add(a, b) fmadd(a, b, c) opaque_float(v)
+//   float_max(a, b) float_min(a, b): b where a is NaN
+//   nearest(v)              to int32, halves to even
+//   store_codes(p, v) load_codes(p)   a byte a lane, signed; stored saturated
 //
 // and what these ask for: dot.inl or, with LOWBIT_INT16_SUMS, _LANE_DOT, _MATRIX_DOT or _LONG_DOT,
 // what is included instead; xnor.inl or, with LOWBIT_CARRY_SAVE or _BYTE_COUNTS, another.
@@ -64,6 +67,8 @@ inline Tile rows_of(const Tile& t, int first, int rows) {
     if (t.group_sum) part.group_sum += outputs * t.groups;
     part.row_scale += outputs;
     part.y += outputs * t.y_pitch;
+    if (t.q) part.q += outputs;
+    if (t.residual) part.residual += outputs;
   }
   return part;
 }
@@ -96,6 +101,10 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 #include "long_dot.inl"
 #else
 #include "dot.inl"
+#endif
+
+#ifndef LOWBIT_CENTRED_DOT
+constexpr void (*dot_centred)(const Tile&) = nullptr;
 #endif
 
 #if defined(LOWBIT_CARRY_SAVE)

@@ -31,6 +31,21 @@ inline FloatReg float_splat(float x) { return vdupq_n_f32(x); }
 inline FloatReg float_broadcast(const float* p) { return vld1q_dup_f32(p); }
 inline FloatReg multiply(FloatReg a, FloatReg b) { return vmulq_f32(a, b); }
 inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return vfmaq_f32(c, a, b); }
+inline FloatReg float_add(FloatReg a, FloatReg b) { return vaddq_f32(a, b); }
+inline FloatReg float_max(FloatReg a, FloatReg b) { return vmaxnmq_f32(a, b); }
+inline FloatReg float_min(FloatReg a, FloatReg b) { return vminnmq_f32(a, b); }
+inline Reg nearest(FloatReg v) { return vcvtnq_s32_f32(v); }
+inline void store_codes(int8_t* p, Reg v) {
+  const int16x4_t shorts = vqmovn_s32(v);
+  const int8x8_t narrow = vqmovn_s16(vcombine_s16(shorts, shorts));
+  const int32_t four = vget_lane_s32(vreinterpret_s32_s8(narrow), 0);
+  __builtin_memcpy(p, &four, 4);
+}
+inline Reg load_codes(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+w"(v)); }
 
 inline int8x16_t signed_bytes(Reg v) { return vreinterpretq_s8_s32(v); }

@@ -79,6 +79,42 @@ void quantize16(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8
   }
 }
 
+// clamp(round(x * inverse_scale), low, high), in the low bits of what comes back as of kRound. The
+// bounds are integers, so clamping first gives the same, and keeps what is huge out of the bits.
+inline uint32_t saturated(float x, float inverse_scale, float low, float high) {
+  float v = x * inverse_scale;
+  v = v > low ? v : low;  // in this order a NaN becomes the bound
+  v = v < high ? v : high;
+  return bits_of(v + kRound);
+}
+
+uint32_t saturate8(const float* x, int64_t n, float inverse_scale, int zero, int8_t* q) {
+  const float low = static_cast<float>(-128 - zero), high = static_cast<float>(127 - zero);
+  const uint32_t add = static_cast<uint32_t>(zero);
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = bits_of(x[i]) & 0x7fffffffu;
+    largest = u > largest ? u : largest;
+    q[i] = static_cast<int8_t>(saturated(x[i], inverse_scale, low, high) + add);
+  }
+  return largest;
+}
+
+uint32_t saturate16(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo) {
+  constexpr float kLargest = 32639.0f;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = bits_of(x[i]) & 0x7fffffffu;
+    largest = u > largest ? u : largest;
+    const int32_t q =
+        static_cast<int32_t>(saturated(x[i], inverse_scale, -kLargest, kLargest) - kRoundBits);
+    const int8_t low = static_cast<int8_t>(q);
+    lo[i] = low;
+    hi[i] = static_cast<int8_t>((q - low) >> 8);
+  }
+  return largest;
+}
+
 void binarize(const float* x, int64_t n, int8_t* q) {
   for (int64_t i = 0; i < n; ++i) q[i] = x[i] >= 0.0f ? 1 : -1;
 }
@@ -232,3 +268,5 @@ uint64_t read_all(const void* p, int64_t bytes) {
   for (uint64_t v : lane) total += v;
   return total;
 }
+
+#include "requantize.inl"

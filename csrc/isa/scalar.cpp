@@ -75,6 +75,42 @@ inline FloatReg fmadd(const FloatReg& a, const FloatReg& b, const FloatReg& c) {
   for (int i = 0; i < 16; ++i) out.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
   return out;
 }
+inline FloatReg float_add(const FloatReg& a, const FloatReg& b) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] + b.lane[i];
+  return out;
+}
+inline FloatReg float_max(const FloatReg& a, const FloatReg& b) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return out;
+}
+inline FloatReg float_min(const FloatReg& a, const FloatReg& b) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return out;
+}
+// Of |v| < 2^22, by adding 1.5 * 2^23.
+inline Reg nearest(const FloatReg& v) {
+  Reg out;
+  for (int i = 0; i < 16; ++i) {
+    const float x = v.lane[i] + 12582912.0f;
+    __builtin_memcpy(&out.lane[i], &x, 4);
+    out.lane[i] -= 0x4B400000u;
+  }
+  return out;
+}
+inline void store_codes(int8_t* p, const Reg& v) {
+  for (int i = 0; i < 16; ++i) {
+    const auto x = static_cast<int32_t>(v.lane[i]);
+    p[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
+  }
+}
+inline Reg load_codes(const int8_t* p) {
+  Reg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = static_cast<uint32_t>(static_cast<int32_t>(p[i]));
+  return v;
+}
 inline void opaque_float(FloatReg& v) { asm volatile("" : "+m"(v)); }
 
 template <int B, int P, int S, bool>

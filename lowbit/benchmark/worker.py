@@ -17,6 +17,8 @@ from lowbit.benchmark.peers.torch_isa import hold
 from lowbit.benchmark.quality.study import QualityCase, QualityResult, measure
 from lowbit.benchmark.result import Result
 from lowbit.benchmark.run import Options, run
+from lowbit.benchmark.static_networks import StaticCase, StaticResult
+from lowbit.benchmark.static_networks import race as race_static
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,11 +27,13 @@ def main(arguments: Sequence[str]) -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def save(result: Result | NetworkResult | QualityResult) -> None:
+    def save(result: Result | NetworkResult | StaticResult | QualityResult) -> None:
         print(json.dumps(result.to_dict()), file=results, flush=True)
 
     hold(options.get("isa"))
-    if "network" in options:
+    if "static" in options:
+        save(race_static(StaticCase(**options)))
+    elif "network" in options:
         save(race(NetworkCase(**options)))
     elif "quality" in options:
         save(measure(QualityCase(**options)))

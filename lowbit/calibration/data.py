@@ -34,7 +34,7 @@ def batches(data: Data, steps: int | None = None) -> Iterator[Any]:
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps is {steps!r}; it is a number of batches, at least 1, or None")
-    if isinstance(data, (Tensor, np.ndarray, tuple, Mapping)):
+    if is_one_batch(data):
         data = [data]
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
@@ -59,6 +59,11 @@ def repeatable(data: Data, steps: int | None = None) -> Callable[[], Iterator[An
     if isinstance(data, Iterator):
         data = list(batches(data, steps))
     return lambda: batches(data, steps)
+
+
+def is_one_batch(data: object) -> bool:
+    """Whether data are a batch, not several: a tensor, an array, a tuple or a mapping."""
+    return isinstance(data, (Tensor, np.ndarray, tuple, Mapping))
 
 
 def _read(source: Iterator[Any], steps: int | None) -> Iterator[Any]:

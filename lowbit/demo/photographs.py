@@ -7,12 +7,17 @@ downloaded.
 from __future__ import annotations
 
 import importlib.util
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowbit.demo.packages import check_packages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIZE = 224
 MEAN, STD = 127.0, 128.0  # of EfficientNet-Lite's training, in 0..255, all three channels
@@ -66,21 +71,61 @@ def load_views(photo: Photo) -> torch.Tensor:
     Raises:
         ModuleNotFoundError: the package that ships the photograph is not installed.
     """
+    rgb = _open(photo)
+    squares = []
+    for fraction in (1.0, 7 / 8, 3 / 4):
+        side = min(rgb.size) * fraction
+        squares.append(((rgb.width - side) / 2, (rgb.height - side) / 2, side))
+    x = _crops(rgb, squares)
+    return torch.cat([x, x.flip(3)]).contiguous(memory_format=torch.channels_last)
+
+
+def random_crops(photo: Photo, count: int, seed: int = 0) -> torch.Tensor:
+    """Further crops of one photograph: squares anywhere, every second one mirrored.
+
+    Args:
+        photo: one of `PHOTOS`.
+        count: how many.
+        seed: the same seed gives the same crops.
+
+    Returns:
+        float32 `[count, 3, 224, 224]`, channels_last. Sides are 60 to 100 % of the shorter side.
+
+    Raises:
+        ModuleNotFoundError: the package that ships the photograph is not installed.
+    """
+    rgb = _open(photo)
+    draw = random.Random(f"{photo.name} {seed}")
+    squares = []
+    for _ in range(count):
+        side = min(rgb.size) * draw.uniform(0.6, 1)
+        squares.append(
+            (draw.uniform(0, rgb.width - side), draw.uniform(0, rgb.height - side), side)
+        )
+    x = _crops(rgb, squares)
+    x[1::2] = x[1::2].flip(3)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _open(photo: Photo) -> Image:
     check_packages()
-    import numpy as np
     from PIL import Image
 
     spec = importlib.util.find_spec(photo.package)
     assert spec is not None  # check_packages found it
     assert spec.origin is not None
     with Image.open(Path(spec.origin).parent / photo.file) as image:
-        rgb = image.convert("RGB")
-    views = []
-    for fraction in (1.0, 7 / 8, 3 / 4):
-        side = min(rgb.size) * fraction
-        left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+        return image.convert("RGB")
+
+
+def _crops(rgb: Image, squares: list[tuple[float, float, float]]) -> torch.Tensor:
+    """float32 [squares, 3, 224, 224] of squares (left, top, side) in pixels."""
+    import numpy as np
+    from PIL.Image import Resampling
+
+    crops = []
+    for left, top, side in squares:
         box = (left, top, left + side, top + side)
-        crop = rgb.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-        views.append(torch.from_numpy(np.array(crop, dtype=np.float32)).permute(2, 0, 1))
-    x = (torch.stack(views) - MEAN) / STD
-    return torch.cat([x, x.flip(3)]).contiguous(memory_format=torch.channels_last)
+        crop = rgb.resize((SIZE, SIZE), Resampling.BICUBIC, box=box)
+        crops.append(torch.from_numpy(np.array(crop, dtype=np.float32)).permute(2, 0, 1))
+    return (torch.stack(crops) - MEAN) / STD

@@ -13,7 +13,18 @@ from lowbit.formats import FORMATS
 from lowbit.inputs import check_tensor, runs_directly
 from lowbit.nn.floats import FLOAT_EPILOGUES, autocast
 from lowbit.nn.loading import format_version, state_problems
-from lowbit.packed import NAMES, PackedWeight, Tensors, tensor_shapes
+from lowbit.packed import (
+    ACTIVATION_NAMES,
+    DYNAMIC,
+    NAMES,
+    ActivationTensors,
+    PackedWeight,
+    Tensors,
+    activation_problem,
+    not_calibrated,
+    tensor_shapes,
+    tensor_version,
+)
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
 
@@ -24,6 +35,7 @@ _BUFFERS = (
     "weight_packed",
     "weight_scale",
     "format_version",
+    *ACTIVATION_NAMES,
     "bias",
     "weight_group_scale",
     "weight_group_zero",
@@ -90,12 +102,47 @@ class LowbitLayer(nn.Module):
         self._refuse_training(x)
         return x.detach() if x.requires_grad else x
 
+    def _activation_tensors(self) -> ActivationTensors:
+        """activation_scale and activation_zero, where the scheme is static."""
+        raise NotImplementedError
+
+    def set_activation(self, scale: float, zero: int = 0) -> None:
+        """Set the parameters of static activations: code q means scale * (q - zero).
+
+        Args:
+            scale: positive, rounded to float32.
+            zero: the code that means 0, in -128..127 for int8 activations, else 0.
+
+        Raises:
+            ValueError: parameters that no kernel takes, or a layer whose scheme is not static.
+        """
+        raise NotImplementedError
+
+    def _refuse_uncalibrated(self) -> None:
+        """Where values can be seen; a program that is traced asks its operator when it runs."""
+        if not self.scheme.static or is_compiling() or torch._C._is_tracing():
+            return
+        scale, _ = self._activation_tensors()
+        if type(scale) is Tensor and not scale.is_meta and float(scale) == 0:
+            raise not_calibrated(self.label)
+
+    def _describe_activation(self) -> str:
+        scale, zero = self._activation_tensors()
+        if scale is None or zero is None:
+            return self.scheme.activation
+        described = f"{self.scheme.activation} static"
+        if scale.is_meta or type(scale) is not Tensor:
+            return described
+        if float(scale) == 0:
+            return f"{described} (not calibrated)"
+        return f"{described} (scale={float(scale):.6g}, zero={int(zero)})"
+
     def extra_repr(self) -> str:
         scheme = self.scheme
         group = "" if scheme.group_size is None else f" g{scheme.group_size}"
         return (
             f"{self._sizes()}, bias={self.bias is not None}, "
-            f"w={scheme.weight}{group} {scheme.quantizer}, a={scheme.activation}, "
+            f"w={scheme.weight}{group} {scheme.quantizer}, a={self._describe_activation()}, "
             f"kernel={_core.kernel_name(scheme.weight, scheme.activation)}"
         )
 
@@ -111,6 +158,8 @@ class QuantizedLayer(LowbitLayer):
         weight_group_zero   float16 [N, G], where an imported checkpoint has zero points
         bias                float32 [N], or absent
         format_version      int32 [5]: layout version, bits, mul, add, group size (0 without)
+        activation_scale    float32 [], with a static scheme only; 0: not calibrated yet
+        activation_zero     int32 [], likewise
 
     Attributes:
         weight_dtype: dtype of the float layer's weight: of `weight` and of `dequantize()`. Moves
@@ -129,6 +178,8 @@ class QuantizedLayer(LowbitLayer):
     weight_group_zero: Tensor | None
     bias: Tensor | None
     format_version: Tensor
+    activation_scale: Tensor
+    activation_zero: Tensor
 
     # The operands as last checked, and the call prepared with them. They are not state: never
     # copied, pickled or shared.
@@ -148,10 +199,12 @@ class QuantizedLayer(LowbitLayer):
         self.weight_dtype = dtype or torch.get_default_dtype()
         if not self.weight_dtype.is_floating_point:
             raise ValueError(f"{self.label}: dtype {dtype} is no floating-point dtype")
-        shapes = tensor_shapes(self._layout(), scheme.weight, scheme.group_size or 0)
+        shapes = tensor_shapes(self._layout(), scheme.weight, scheme.group_size or 0, scheme.static)
         version = torch.tensor(format_version(scheme), dtype=torch.int32, device=device)
         # Those that may be None come last: torch.export of a bare layer counts them wrongly.
         for name in _BUFFERS:
+            if name in ACTIVATION_NAMES and not scheme.static:
+                continue
             tensor = None
             if name == "format_version":
                 tensor = version
@@ -176,8 +229,32 @@ class QuantizedLayer(LowbitLayer):
         """Weights [N, K] of the packed layout in the shape of the float layer's weight."""
         raise NotImplementedError
 
-    def _check_operands(self, tensors: Tensors) -> PackedWeight:
+    def _check_operands(
+        self, tensors: Tensors, activation: ActivationTensors = DYNAMIC
+    ) -> PackedWeight:
         raise NotImplementedError
+
+    def _activation_tensors(self) -> ActivationTensors:
+        if not self.scheme.static:
+            return DYNAMIC
+        return self.activation_scale, self.activation_zero
+
+    def set_activation(self, scale: float, zero: int = 0) -> None:
+        if not self.scheme.static:
+            raise ValueError(
+                f"{self.label}: its scheme {self.scheme.name} quantizes activations as they come; "
+                "build it with a static one"
+            )
+        device = self.activation_scale.device
+        if isinstance(zero, bool) or int(zero) != zero:
+            raise ValueError(f"{self.label}: activation_zero {zero!r} must be an integer")
+        rounded = torch.tensor(float(scale), dtype=torch.float32)
+        problem = activation_problem(float(rounded), int(zero), self.scheme.activation)
+        if problem:
+            raise ValueError(f"{self.label}: {problem}")
+        # New tensors: layers that were converted from one weight may share equal ones.
+        self.activation_scale = rounded.to(device)
+        self.activation_zero = torch.tensor(int(zero), dtype=torch.int32, device=device)
 
     @property
     def weight(self) -> Tensor:
@@ -294,7 +371,9 @@ class QuantizedLayer(LowbitLayer):
     def _call_operator(self, operator: Callable[..., Tensor], x: Any, *sizes: Any) -> Tensor:
         """Calls an operator of `torch.ops.lowbit` with the layer's operands."""
         formats = self.scheme.weight, self.scheme.activation
-        return autocast(operator(x, *self.operator_tensors(), *formats, *sizes))
+        fixed = self._activation_tensors() if self.scheme.static else ()
+        self._refuse_uncalibrated()
+        return autocast(operator(x, *self.operator_tensors(), *formats, *sizes, *fixed))
 
     def operator_tensors(self) -> Tensors:
         """The layer's tensors in the order of the operators' arguments."""
@@ -313,7 +392,7 @@ class QuantizedLayer(LowbitLayer):
             self._is_current(checked) if direct is None else direct.matches(self.__dict__)
         ):
             return checked
-        checked = self._check_operands(self.operator_tensors())
+        checked = self._check_operands(self.operator_tensors(), self._activation_tensors())
         self.__dict__["_checked"] = checked
         self.__dict__["_direct"] = self._prepare(checked)
         return checked
@@ -330,7 +409,18 @@ class QuantizedLayer(LowbitLayer):
                 tensor is not None and tensor.data_ptr() != address
             ):
                 return False
-        return True
+        return self._is_current_activation(checked)
+
+    def _is_current_activation(self, checked: PackedWeight) -> bool:
+        fixed = checked.fixed
+        if fixed is None:
+            return not self.scheme.static
+        scale, zero = self._activation_tensors()
+        if scale is not fixed.tensors[0] or zero is not fixed.tensors[1]:
+            return False
+        if (float(fixed.tensors[0]), int(fixed.tensors[1])) != (fixed.scale, fixed.zero):
+            return False
+        return fixed.bias is None or fixed.versions == tuple(map(tensor_version, checked.tensors))
 
     # --- State ---------------------------------------------------------------------------------
 
@@ -356,6 +446,8 @@ class QuantizedLayer(LowbitLayer):
                 self.weight_group_zero = None
             elif self.weight_group_zero is None:
                 self.weight_group_zero = torch.empty_like(zero, device=self.weight_scale.device)
+            # What is made of the weights is made anew, also where torch does not count writes.
+            self.__dict__["_checked"] = self.__dict__["_direct"] = None
         super()._load_from_state_dict(
             state_dict,
             prefix,

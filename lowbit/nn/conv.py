@@ -14,7 +14,14 @@ from lowbit.direct import prepare_conv2d
 from lowbit.inputs import check_channels, output_size
 from lowbit.nn.base import QuantizedLayer
 from lowbit.nn.floats import check_float_layer, float_bias
-from lowbit.packed import PackedWeight, Tensors, conv2d_weight, conv_weight_layout
+from lowbit.packed import (
+    DYNAMIC,
+    ActivationTensors,
+    PackedWeight,
+    Tensors,
+    conv2d_weight,
+    conv_weight_layout,
+)
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
 
@@ -247,7 +254,9 @@ class Convolution(QuantizedLayer):
     def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
         return matrix_to_weight(matrix, self.weight_shape, self.scheme.weight)
 
-    def _check_operands(self, tensors: Tensors) -> PackedWeight:
+    def _check_operands(
+        self, tensors: Tensors, activation: ActivationTensors = DYNAMIC
+    ) -> PackedWeight:
         return conv2d_weight(
             tensors,
             (self.scheme.weight, self.scheme.activation),
@@ -255,6 +264,7 @@ class Convolution(QuantizedLayer):
             (self.in_channels, self.out_channels, self._two(self.kernel_size), self.groups),
             self.label,
             self.epilogue,
+            activation,
         )
 
 

@@ -14,6 +14,7 @@ from lowbit.nn.base import DequantizedWeight, LowbitLayer, is_compiling
 from lowbit.nn.conv import Conv2d
 from lowbit.nn.floats import autocast, check_float_layer, float_bias
 from lowbit.nn.loading import FLOAT_WEIGHT
+from lowbit.packed import ACTIVATION_NAMES, ActivationTensors
 from lowbit.phases import Pair, Part, parts
 from lowbit.schemes import Scheme
 
@@ -29,7 +30,8 @@ class ConvTranspose2d(LowbitLayer):
     such convolution has the scales of its own weights. Those with kernels of one size are
     one `Conv2d` of `parts`: of a kernel that the stride divides, all.
 
-    The state dict has the tensors of each part: `parts.0.weight_packed`, ...
+    The state dict has the tensors of each part: `parts.0.weight_packed`, ...; static activations
+    are the same for all parts.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
@@ -220,12 +222,14 @@ class ConvTranspose2d(LowbitLayer):
         if output_size is not None:
             more = self._output_padding(x.shape, output_size, (2, 3 if unbatched else 4))
             window = (*window[:3], more, window[4])
+        self._refuse_uncalibrated()
         if direct:
             weights = [conv._operands() for conv in self._convolutions()]
             y = ops.conv_transpose2d_direct(x, weights, self._geometry(), *window, self.label)
         else:
             if isinstance(x, Tensor):
                 transposed_size(x.shape, *window, self.label)
+            fixed = self._activation_tensors() if self.scheme.static else ()
             y = torch.ops.lowbit.conv_transpose2d(
                 x,
                 *self.operator_tensors(),
@@ -236,9 +240,27 @@ class ConvTranspose2d(LowbitLayer):
                 self.scheme.group_size or 0,
                 *window,
                 self.groups,
+                *fixed,
             )
             y = autocast(y)
         return y.squeeze(0) if unbatched else y
+
+    def _activation_tensors(self) -> ActivationTensors:
+        return self._first._activation_tensors()
+
+    def set_activation(self, scale: float, zero: int = 0) -> None:
+        for conv in self._convolutions():
+            conv.set_activation(scale, zero)
+
+    @property
+    def activation_scale(self) -> Tensor:
+        """float32 []: of static activations."""
+        return self._first.activation_scale
+
+    @property
+    def activation_zero(self) -> Tensor:
+        """int32 []: of static activations."""
+        return self._first.activation_zero
 
     def operator_tensors(self) -> list[list[Tensor]]:
         """The tensors of all parts in the order of the operator's arguments; of none, no list."""
@@ -306,6 +328,19 @@ class ConvTranspose2d(LowbitLayer):
         if f"{prefix}weight" in state_dict:
             error_msgs.append(f"{self.label} (keys '{prefix}...'): {FLOAT_WEIGHT}")
             return
+        for name in ACTIVATION_NAMES:
+            found = [
+                value
+                for i in range(len(self.parts))
+                if isinstance(value := state_dict.get(f"{prefix}parts.{i}.{name}"), Tensor)
+                and not value.is_meta
+            ]
+            if any(value.shape == () and not torch.equal(value, found[0]) for value in found):
+                error_msgs.append(
+                    f"{self.label} (keys '{prefix}...'): the parts differ in {name}; the state "
+                    "dict was changed"
+                )
+                return
         super()._load_from_state_dict(
             state_dict,
             prefix,

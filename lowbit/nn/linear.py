@@ -13,7 +13,7 @@ from lowbit.direct import prepare_linear
 from lowbit.inputs import check_features
 from lowbit.nn.base import QuantizedLayer
 from lowbit.nn.floats import check_float_layer, float_bias
-from lowbit.packed import PackedWeight, Tensors, linear_weight
+from lowbit.packed import DYNAMIC, ActivationTensors, PackedWeight, Tensors, linear_weight
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
 
@@ -113,7 +113,9 @@ class Linear(QuantizedLayer):
     def _matrix_to_weight(self, matrix: Tensor) -> Tensor:
         return matrix
 
-    def _check_operands(self, tensors: Tensors) -> PackedWeight:
+    def _check_operands(
+        self, tensors: Tensors, activation: ActivationTensors = DYNAMIC
+    ) -> PackedWeight:
         return linear_weight(
             tensors,
             (self.scheme.weight, self.scheme.activation),
@@ -121,4 +123,5 @@ class Linear(QuantizedLayer):
             (self.in_features, self.out_features),
             self.label,
             self.epilogue,
+            activation,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit import _core
 from lowbit.formats import FORMATS
-from lowbit.packed import NAMES, tensor_shapes
+from lowbit.packed import ACTIVATION_NAMES, NAMES, activation_problem, tensor_shapes
 from lowbit.schemes import Scheme
 
 VERSION_NAME = "format_version"
@@ -34,7 +34,7 @@ def state_problems(
     """
     found = {
         name: state_dict[prefix + name]
-        for name in (*NAMES, VERSION_NAME)
+        for name in (*NAMES, *ACTIVATION_NAMES, VERSION_NAME)
         if prefix + name in state_dict
     }
     if not set(found) - {"bias"}:
@@ -47,7 +47,10 @@ def state_problems(
     problem = _version_problem(found.get(VERSION_NAME), scheme)
     if problem:
         return [problem]
-    shapes = tensor_shapes(layout, scheme.weight, scheme.group_size or 0)
+    static = [name for name in ACTIVATION_NAMES if name in found]
+    if static and not scheme.static:
+        return [f"{', '.join(static)} is there: build the layer with a static scheme"]
+    shapes = tensor_shapes(layout, scheme.weight, scheme.group_size or 0, scheme.static)
     missing = [name for name in shapes if name not in found and name not in _OPTIONAL]
     if missing:
         return [f"{', '.join(missing)} missing; the state dict is incomplete"]
@@ -66,9 +69,22 @@ def state_problems(
             )
         elif tensor.layout is not torch.strided or not tensor.is_contiguous():
             problems.append(f"{name} must be contiguous; call .contiguous() on it before loading")
+    if not problems and static:
+        scale, zero = (found[name] for name in static)
+        problems += _activation_problems(scale, zero, scheme)
     if not problems and not _padding_is_zero(found["weight_packed"], scheme.weight, layout):
         problems.append("weight_packed is damaged: codes in its padding are not 0")
     return problems
+
+
+def _activation_problems(scale: Tensor, zero: Tensor, scheme: Scheme) -> list[str]:
+    if not (_is_readable(scale) and _is_readable(zero)):
+        return []
+    values = float(scale), int(zero)
+    if values == (0, 0):  # not calibrated yet
+        return []
+    problem = activation_problem(*values, scheme.activation)
+    return [problem] if problem else []
 
 
 def _version_problem(tensor: Tensor | None, scheme: Scheme) -> str | None:

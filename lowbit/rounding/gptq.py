@@ -30,7 +30,7 @@ _BLOCK = 64  # columns whose effect on all later ones is one product of matrices
 def gptq(
     w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None, hessian: Tensor
 ) -> QuantizedWeight:
-    """GPTQ at the scales of the format's default quantizer; see `lowbit.quantizers.DataQuantizer`."""
+    """GPTQ at the scales of the format's default quantizer; see `DataQuantizer`."""
     problem = make_problem(w, fmt, group_size, valid, hessian)
     if problem.w.numel() == 0:
         return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
@@ -78,4 +78,5 @@ def _inverse_factor(h: Tensor) -> Tensor:
     """Upper triangular U [B, K, K] with U^T U the inverse of h."""
     lower = torch.linalg.cholesky(h.double())
     inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

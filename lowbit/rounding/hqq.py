@@ -1,10 +1,10 @@
 """HQQ: scales and zeros by half-quadratic splitting, without data.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023
-(mobiusml.github.io/hqq_blog). What rounding loses is measured by an l_p norm with p < 1, which cares
-little for outliers: it is split into a shrinkage of the error, which is exact, and a least-squares
-step for the grid. Here that step fits the scale as well as the zero, and what is kept is the grid
-with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each; without groups
+(mobiusml.github.io/hqq_blog). What rounding loses is measured by an l_p norm with p < 1, which
+cares little for outliers: it is split into a shrinkage of the error, which is exact, and a
+least-squares step for the grid. Here that step fits the scale as well as the zero, and what is
+kept is the grid with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each; without groups
 there is none, and the scale alone is fitted.
 """
 
@@ -31,14 +31,12 @@ _CHUNK = 1 << 18  # weights at a time
 
 
 @register("hqq", ("int8", "int4", "int2"))
-def hqq(
-    w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None
-) -> QuantizedWeight:
+def hqq(w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None) -> QuantizedWeight:
     """Half-quadratic quantization; see `lowbit.quantizers.Quantizer`."""
-    n, k = w.shape
     if w.numel() == 0:
         return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    parts = [_rows(part, fmt, group_size, valid) for part in w.split(max(1, _CHUNK // k))]
+    rows = torch.split(w, max(1, _CHUNK // w.shape[1]))
+    parts = [_rows(part, fmt, group_size, valid) for part in rows]
     codes, scales, groups, zeros = zip(*parts, strict=True)
     return QuantizedWeight(
         torch.cat(codes),
@@ -58,7 +56,12 @@ def _rows(
     zero = None if grid.zero is None else grid.zero[..., None]
     levels = nearest_levels(x, grid.scale[..., None], zero, fmt)
     codes = ((levels - fmt.add) / fmt.mul) * mask
-    return codes.flatten(1)[:, : w.shape[1]].to(torch.uint8), grid.channel, grid.group, grid.group_zero
+    return (
+        codes.flatten(1)[:, : w.shape[1]].to(torch.uint8),
+        grid.channel,
+        grid.group,
+        grid.group_zero,
+    )
 
 
 def fit(

@@ -137,9 +137,7 @@ def damp(h: Tensor, share: float = DAMPING) -> Tensor:
     return h + torch.diag_embed(added)
 
 
-def make_grid(
-    scale: Tensor, group_size: int | None, zero: Tensor | None = None
-) -> Grid:
+def make_grid(scale: Tensor, group_size: int | None, zero: Tensor | None = None) -> Grid:
     """The grid that stores unit scales [N, units] and zeros, which only groups have."""
     channel, group = split_scales(scale, group_size)
     group_zero = None
@@ -155,7 +153,9 @@ def nearest_levels(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -
         x = x - zero
     none = scale.abs() < _FLT_MIN
     x = torch.where(none, 0.0, x)
-    codes = nearest_codes(x * scale.sign() if fmt.bits == 1 else x, torch.where(none, 1.0, scale), fmt)
+    codes = nearest_codes(
+        x * scale.sign() if fmt.bits == 1 else x, torch.where(none, 1.0, scale), fmt
+    )
     return codes.mul_(fmt.mul).add_(fmt.add)
 
 

@@ -51,12 +51,12 @@ def smooth(
 
     For each channel of a LayerNorm or RMSNorm behind which come Linear layers, and them alone: the
     factor is max|x|^alpha / max|w|^(1 - alpha), of the norm's outputs x on the data and of the
-    Linears' weights w. Helps where few channels are far larger than all others, as in large language
-    models: int8 activations have one scale for a row.
+    Linears' weights w. Helps where few channels are far larger than all others, as in large
+    language models: int8 activations have one scale for a row.
 
-    Where a norm's output goes elsewhere too (into a sum, as in BERT), scaling would change the model.
-    So each norm is tried on the first batch, and left as it was where the outputs do not stay the
-    same but for rounding. A warning says if none is left.
+    Where a norm's output goes elsewhere too (into a sum, as in BERT), scaling would change the
+    model. So each norm is tried on the first batch, and left as it was where the outputs do not
+    stay the same but for rounding. A warning says if none is left.
 
     Args:
         model: a float model; untouched.
@@ -81,7 +81,9 @@ def smooth(
         wanted = _outputs(result, first, forward)
         for norm in norms:
             weights = [norm.module, *norm.linears.values()]
-            kept = [{k: p.clone() for k, p in m._parameters.items() if p is not None} for m in weights]
+            kept = [
+                {k: p.clone() for k, p in m._parameters.items() if p is not None} for m in weights
+            ]
             _scale(norm, alpha)
             if _same(wanted, _outputs(result, first, forward)):
                 smoothed += 1
@@ -91,8 +93,8 @@ def smooth(
                     getattr(module, key).copy_(value)
     if not smoothed:
         warnings.warn(
-            f"nothing was smoothed: of {len(norms)} norms that Linear layers follow, none feeds them "
-            "alone",
+            f"nothing was smoothed: of {len(norms)} norms that Linear layers follow, none feeds "
+            "them alone",
             stacklevel=2,
         )
     return result
@@ -115,7 +117,9 @@ def _watch(
     def behind(module: nn.Module, args: Any, output: Tensor) -> None:
         norm = norms[id(module)]
         if not output.isfinite().all():
-            raise ValueError(f"a {type(module).__name__} returns NaN or Inf on the calibration data")
+            raise ValueError(
+                f"a {type(module).__name__} returns NaN or Inf on the calibration data"
+            )
         largest = output.abs().flatten(0, -2).amax(dim=0).float()
         norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
         made[id(output)] = output, norm

@@ -227,6 +227,17 @@ def test_schemes_that_learn_are_learned_again_for_the_result():
     assert found.bytes <= 0.25 * found.float_bytes
 
 
+def test_static_schemes():
+    model, data, calibration = net(), batches(1), batches(2, seed=5)
+    schemes = ["w8a8-static", "w4a8-static"]
+    found = lowbit.search(
+        model, data, "30%", schemes, allow_slower=True, calibration=calibration, rounds=0, front=0
+    )
+    copy = lowbit.quantize(model, None, overrides=found.overrides, calibration=calibration)
+    assert found.quality == _quality(model, copy, data)
+    assert found.bytes == weight_bytes(copy) <= 0.3 * found.float_bytes
+
+
 def test_text():
     text = str(lowbit.search(net(), batches(1), "40%", SCHEMES, front=2))
     for word in ("Net: 40 % of the bytes of float", "w8a8", "found", "would be slower", "ms"):

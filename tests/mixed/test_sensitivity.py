@@ -209,6 +209,21 @@ def test_schemes_that_learn_need_calibration():
     assert found.schemes == ("w4a8-gptq",)
 
 
+def test_static_schemes_are_measured_layer_by_layer():
+    model, data, calibration = net(), batches(), batches(seed=9)
+    with pytest.raises(ValueError, match="calibrat"):
+        lowbit.sensitivity(model, data, "w8a8-static")
+    found = lowbit.sensitivity(model, data, "w8a8-static", calibration=calibration)
+    prepared = lowbit.prepare(model, None, overrides={"fc": "w8a8-static"}, graph=False)
+    copy = lowbit.convert(lowbit.calibrate(prepared, calibration))
+    meter = QualityMeter()
+    with torch.inference_mode():
+        for x in data:
+            meter.update(model(x), copy(x))
+    effect = found["fc"].schemes["w8a8-static"].alone
+    assert 15 < effect.sqnr_db == pytest.approx(meter.result().sqnr_db, rel=1e-6)
+
+
 def test_damage():
     assert damage({"sqnr_db": 20.0}, "sqnr_db") == pytest.approx(0.01)
     assert damage({"sqnr_db": float("inf")}, "sqnr_db") == 0.0

@@ -42,9 +42,7 @@ def load() -> nn.Module:
 def calibration() -> list[Tensor]:
     """Batches float32 [8, 3, 224, 224], channels_last."""
     random = torch.Generator().manual_seed(0)
-    x = torch.cat(
-        [_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in CALIBRATION]
-    )
+    x = torch.cat([_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in CALIBRATION])
     return _batches(x[torch.randperm(len(x), generator=random)])
 
 
@@ -88,4 +86,4 @@ def _crops(path: Path, count: int, smallest: float, random: torch.Generator) -> 
 
 
 def _batches(x: Tensor) -> list[Tensor]:
-    return [part.contiguous(memory_format=torch.channels_last) for part in x.split(BATCH)]
+    return [part.contiguous(memory_format=torch.channels_last) for part in torch.split(x, BATCH)]

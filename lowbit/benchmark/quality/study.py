@@ -107,7 +107,7 @@ def _curve(
     return rows
 
 
-BLOCK_STEPS = 150
+BLOCK_STEPS = 100
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -120,7 +120,7 @@ NETWORKS: Mapping[str, Network] = {
             Method("w8a8", goal="w8a8"),
             *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
-            *_curve("w4a8-g32", "w4a8", "default gptq descent"),
+            *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8-descent", True, {}, _MIXED, "mixed", "mixed"),
         ],
         _first,
@@ -134,9 +134,8 @@ NETWORKS: Mapping[str, Network] = {
         [
             Method("w8a8"),
             Method("w4a8"),
-            *_curve("w4a8-g64", "w4a8-g64", "minmax default hqq gptq adaround descent"),
-            *_curve("w4a8-g64", "w4a8-g64", "descent+blocks"),
-            *_curve("w2a8-g32", "w2a8-g32", "minmax default hqq gptq adaround descent"),
+            *_curve("w4a8-g64", "w4a8-g64", "minmax default hqq gptq descent"),
+            *_curve("w2a8-g32", "w2a8-g32", "minmax default hqq gptq descent"),
             *_curve("w2a8-g32", "w2a8-g32", "descent+blocks"),
         ],
         sentences.embedding,

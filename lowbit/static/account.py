@@ -1,0 +1,84 @@
+"""What became of each call of a captured model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from lowbit.static.node import Node
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of the float model.
+
+    Attributes:
+        name: of the module that was called, else of torch.fx's node.
+        operation: what computes it.
+        where: "integers" or "float".
+        note: with what it is fused, or why it is float.
+    """
+
+    name: str
+    operation: str
+    where: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """Rows in the order of the computation."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def in_integers(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.where == "integers")
+
+    @property
+    def in_float(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.where == "float")
+
+    def __str__(self) -> str:
+        cells = [(row.name, row.operation, row.where, row.note) for row in self.rows]
+        table = tabulate(cells, headers=("call", "operation", "runs in", "note"))
+        return f"{table}\n\n{len(self.in_integers)} in integers, {len(self.in_float)} in float"
+
+
+def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
+    """The account of a network's nodes.
+
+    Args:
+        outputs: names of the values that the network returns.
+    """
+    taken = {name for node in nodes if node.in_integers for name in node.inputs}
+    rows = []
+    for node in nodes:
+        if node.kind == "input":
+            continue
+        where = "integers" if node.in_integers else "float"
+        operation = _operation(node)
+        note = node.reason
+        if node.kind == "layer" and node.name not in taken and node.name in outputs:
+            note = "writes floats: they leave the network"
+        *parts, last = node.fused or (node.name,)
+        rows.append(Row(parts[0] if parts else last, operation, where, note))
+        rows += [
+            Row(part, operation, where, f"computed with '{parts[0]}'")
+            for part in (*parts[1:], last)
+            if parts
+        ]
+    return Account(tuple(rows))
+
+
+def _operation(node: Node) -> str:
+    if not node.in_integers:
+        kind, target, *_ = node.settings["call"]
+        return f"{kind} {target if isinstance(target, str) else target.__name__}"
+    operation = str(node.settings.get("operation", node.kind))
+    function = node.settings.get("function")
+    if len(node.inputs) > 1 and node.kind == "layer":
+        operation += " + residual"
+    return operation if function is None else f"{operation}, {function}"
