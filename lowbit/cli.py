@@ -436,6 +436,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
     inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+
+
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     from lowbit.mixed.command import add_task
 
