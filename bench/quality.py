@@ -31,7 +31,9 @@ def main() -> int:
         return 0
     left = run(cases, given.out, minutes=given.minutes)
     if given.page is not None:
-        text = page.page(page.results(load(given.out)), f"python bench/quality.py --page {given.page}")
+        text = page.page(
+            page.results(load(given.out)), f"python bench/quality.py --page {given.page}"
+        )
         given.page.write_text(text)
     if left:
         print(f"{left} of {len(cases)} cases are left: run the same command again", file=sys.stderr)

@@ -48,8 +48,7 @@ struct Depth {
 // The activations of some rows; row r, plane p lies at (r * planes + p) * pitch.
 struct Rows {
   int64_t count = 0;
-  int planes = 1;       // 2: int16 as hi, lo
-  bool lowest = false;  // codes may be -128 (the low bytes of int16 ones always)
+  int planes = 1;  // 2: int16 as hi, lo
   const int8_t* codes =
       nullptr;  // zero from K to the end of the last step; null where bits are used
   const uint32_t* bits = nullptr;  // W1A1: 1 where x < 0, so that bit w != bit a is an agreement
@@ -78,7 +77,8 @@ struct CodeRows {
   int8_t* const* q;               // [count]
   const int8_t* const* residual;  // [count], or null
   int64_t first;
-  bool whole;  // whole panels may be written and read
+  bool whole;           // whole panels may be written and read
+  const int32_t* seed;  // not null: the weights are centred, with this seed; rows need no sums
 };
 
 // y[r][c] for all rows and the channels [begin, end) of `weights`, its epilogue applied; begin is a

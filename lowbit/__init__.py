@@ -33,6 +33,8 @@ from lowbit.mixed.search import search
 from lowbit.mixed.sensitivity import sensitivity
 from lowbit.qat import prepare_qat
 from lowbit.report import Report, summary
+from lowbit.rounding.equalize import equalize
+from lowbit.rounding.smooth import smooth
 from lowbit.schemes import RECIPES, Scheme
 from lowbit.serialize import FileFormatError, load_file, save_file
 
@@ -48,6 +50,7 @@ __all__ = [
     "compare",
     "convert",
     "cpu_info",
+    "equalize",
     "fuse",
     "load_file",
     "nn",
@@ -61,5 +64,6 @@ __all__ = [
     "save_file",
     "search",
     "sensitivity",
+    "smooth",
     "summary",
 ]

@@ -213,16 +213,6 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     return Output(f"{report}\n\n{closing}", data)
 
 
-def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
-    """The batches of a file, where these schemes ask for some; None where they do not."""
-    from lowbit.schemes import Scheme
-
-    learning = [name for name in schemes if Scheme.parse(name).learns]
-    if path is None and learning:
-        raise UsageError(f"{learning[0]} learns from example data: give --calibration FILE")
-    return None if path is None else read_inputs(path, "--calibration")[0]
-
-
 def _sensitivity(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.mixed import command
 
@@ -236,6 +226,16 @@ def _search(arguments: argparse.Namespace, progress: Progress) -> Output:
     _check_writable(arguments.output)
     _check_writable(arguments.resume)
     return Output(*command.search(arguments, progress))
+
+
+def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
+    """The batches of a file, where these schemes ask for some; None where they do not."""
+    from lowbit.schemes import Scheme
+
+    learning = [name for name in schemes if Scheme.parse(name).learns]
+    if path is None and learning:
+        raise UsageError(f"{learning[0]} learns from example data: give --calibration FILE")
+    return None if path is None else read_inputs(path, "--calibration")[0]
 
 
 def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -418,6 +418,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
+    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+
+
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     from lowbit.mixed.command import add_task
 
@@ -441,13 +448,6 @@ def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="FILE",
         help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
     )
-
-
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    inputs = parser.add_mutually_exclusive_group()
-    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
-    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
-    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

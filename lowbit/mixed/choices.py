@@ -82,19 +82,24 @@ class Choices:
         cost: "bytes" or "seconds": what a limit is on, and what is saved under a floor of
             quality.
         steps: is told of every measurement.
+        trials: what was measured before, with the same options; added to.
 
     Attributes:
         trials: all choices measured so far.
     """
 
     def __init__(
-        self, measurer: Measurer, options: Sequence[Options], cost: str, steps: Steps
+        self,
+        measurer: Measurer,
+        options: Sequence[Options],
+        cost: str,
+        steps: Steps,
+        trials: dict[tuple[int, ...], Trial] | None = None,
     ) -> None:
         self._measurer, self._options, self._steps = measurer, options, steps
         self._costs: list[list[float]] = [getattr(row, cost) for row in options]
         self._tables = [[row.damage for row in options]]
-        self._base_bytes = measurer.bench.bytes({})
-        self.trials: dict[tuple[int, ...], Trial] = {}
+        self.trials: dict[tuple[int, ...], Trial] = {} if trials is None else trials
 
     @property
     def least_cost(self) -> float:

@@ -60,7 +60,7 @@ class Found:
         float_bytes: parameters and buffers of the float model.
         bytes: of the quantized one.
         quality: its outputs against the float model's.
-        float_seconds: of the first batch, float model; None without times.
+        float_seconds: of the first batch, float model.
         seconds: the same of the quantized model, measured alternately with it.
         speedup: the ratio of the two, round by round.
         uniform: each scheme alone, for every layer that it converts.
@@ -76,9 +76,9 @@ class Found:
     float_bytes: int
     bytes: int
     quality: Quality
-    float_seconds: float | None
-    seconds: float | None
-    speedup: Ratio | None
+    float_seconds: float
+    seconds: float
+    speedup: Ratio
     uniform: tuple[Point, ...]
     front: tuple[Point, ...]
     threads: int
@@ -93,7 +93,7 @@ class Found:
             "schemes": dict(self.overrides),
             **rest,
             "quality": self.quality.to_dict(),
-            "speedup": None if self.speedup is None else self.speedup.to_dict(),
+            "speedup": self.speedup.to_dict(),
             "uniform": [point.to_dict() for point in self.uniform],
             "front": [point.to_dict() for point in self.front],
         }
@@ -138,16 +138,14 @@ def _render(found: Found) -> str:
     rows.append(("float", found.float_bytes, found.float_seconds, None))
     rows += [(p.name, p.bytes, p.seconds, p.quality) for p in found.uniform]
     rows.append(("found", found.bytes, found.seconds, found.quality))
-    timed = found.seconds is not None
     cells = []
     for name, size, seconds, quality in rows:
         line = [name, f"{size / 1e6:.3f}", f"{100 * size / found.float_bytes:.1f}"]
-        if timed:
-            approximate = "~" if name not in ("float", "found") else ""
-            line.append("-" if seconds is None else f"{approximate}{seconds * 1e3:.3f}")
+        approximate = "~" if name not in ("float", "found") else ""
+        line.append("-" if seconds is None else f"{approximate}{seconds * 1e3:.3f}")
         figures: dict[str, float] = {} if quality is None else quality.figures()
         cells.append([*line, *(metric.text(figures.get(metric.name)) for metric in metrics)])
-    headers = ["", "MB", "of\nfloat, %", *(["ms"] if timed else [])]
+    headers = ["", "MB", "of\nfloat, %", "ms"]
     headers += [metric.header for metric in metrics]
     align = ("left", *("right" for _ in headers[1:]))
     table = tabulate(cells, headers, colalign=align, disable_numparse=True)
@@ -161,13 +159,13 @@ def _render(found: Found) -> str:
         disable_numparse=True,
     )
     closing = f"{found.measured} choices measured, {len(found.front)} of them on the Pareto front."
-    if timed:
+    if any(point.seconds is not None for point in found.uniform):
         closing += " ~: estimated from the times of the layers."
     return "\n\n".join(
         [
             f"{found.model}: {found.budget}",
             table,
-            ", ".join(f"{count} layers {name}" for name, count in counts.most_common()),
+            "layers: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()),
             layers,
             closing,
         ]

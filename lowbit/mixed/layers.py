@@ -17,6 +17,9 @@ from torch import nn
 
 from lowbit.baselines import eval_mode, weight_bytes
 from lowbit.calibration.data import Data
+from lowbit.calibration.deploy import calibrated_copy
+from lowbit.calibration.prepare import prepare
+from lowbit.calibration.run import calibrate
 from lowbit.convert import child_slots, quantize
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
@@ -77,7 +80,7 @@ class Conversion:
     ) -> nn.Module:
         """The copy, calibrated where a scheme learns from data."""
         given = [scheme, *map(_parse, (assignment or {}).values())]
-        learns = bool(self.options) or any(_learns(one) for one in given if one is not None)
+        learns = bool(self.options) or any(one.learns for one in given if one is not None)
         data: dict[str, Any] = {}
         if self.calibration is not None and learns:
             data = {"calibration": self.calibration, "forward_fn": self.forward_fn}
@@ -91,13 +94,18 @@ class Conversion:
             **(self.options if any(one is not None for one in given) else {}),
         )
 
+    def layered(self, model: nn.Module, scheme: Scheme) -> nn.Module:
+        """The copy with one scheme, layer by layer: a static one is not captured as a graph."""
+        if self.calibration is None or not scheme.static:
+            return self.quantize(model, scheme)
+        if self.options or needs_data(scheme.quantizer or ""):
+            return self.quantize(model, scheme)  # whose weights learn layer by layer, too
+        prepared = prepare(model, scheme, filter_fn=self.filter_fn, fuse=self.fuse, graph=False)
+        return calibrated_copy(calibrate(prepared, self.calibration, self.forward_fn))
+
 
 def _parse(name: str | None) -> Scheme | None:
     return None if name is None else Scheme.parse(name)
-
-
-def _learns(scheme: Scheme) -> bool:
-    return needs_data(scheme.quantizer or "") or bool(getattr(scheme, "static", False))
 
 
 def parse_schemes(schemes: Sequence[SchemeLike] | SchemeLike) -> dict[str, Scheme]:
@@ -147,8 +155,11 @@ class Workbench:
         for done, (name, scheme) in enumerate(schemes.items()):
             report(f"converting to {name}", done / len(schemes))
             self._add(found, name, scheme)
-        order = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        self.layers = sorted(found.values(), key=lambda layer: order.index(layer.name))
+        self._names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(id(module), []).append(name)
+        order = {names[0]: place for place, names in enumerate(self._names.values())}
+        self.layers = sorted(found.values(), key=lambda layer: order[layer.name])
         if not self.layers:
             raise ValueError("the model has no layer that these schemes convert")
         self._slots = child_slots(model)
@@ -167,7 +178,7 @@ class Workbench:
             )
         if not plan.jobs:
             return
-        copy = conversion.quantize(self.model, scheme)
+        copy = conversion.layered(self.model, scheme)
         for job in plan.jobs:
             version = copy.get_submodule(job.name)
             if not any(isinstance(part, QuantizedLayer) for part in version.modules()):
@@ -215,6 +226,14 @@ class Workbench:
         """Parameters and buffers of the whole model, tensors that are shared counted once."""
         self.set(assignment)
         return weight_bytes(self.model)
+
+    def overrides(self, assignment: Assignment) -> dict[str, str | None]:
+        """The assignment for `quantize`, under every name that a layer has in the model."""
+        return {
+            name: assignment.get(layer.name)
+            for layer in self.layers
+            for name in self._names[id(layer.module)]
+        }
 
     def uniform(self, scheme: str) -> dict[str, str | None]:
         """The assignment of one scheme to every layer that it converts."""

@@ -27,6 +27,7 @@ from lowbit.baselines import eval_mode, weight_bytes
 from lowbit.calibration.data import Data
 from lowbit.mixed.budget import Budget
 from lowbit.mixed.choices import Choices, Trial, make_options
+from lowbit.mixed.effects import Sensitivity
 from lowbit.mixed.found import Found, Point
 from lowbit.mixed.layers import Conversion
 from lowbit.mixed.measure import Forward, Measurer, Progress, Steps
@@ -88,11 +89,59 @@ def search(
         ValueError: as `sensitivity`; the budget is none, or cannot be met: the message says what
             can.
     """
-    wanted = Budget.parse(budget)
+    (found,) = search_many(
+        model,
+        data,
+        [budget],
+        schemes,
+        task=task,
+        allow_slower=allow_slower,
+        rounds=rounds,
+        front=front,
+        seconds=seconds,
+        filter_fn=filter_fn,
+        fuse=fuse,
+        forward_fn=forward_fn,
+        steps=steps,
+        calibration=calibration,
+        options=options,
+        resume=resume,
+        progress=progress,
+    )
+    return found
+
+
+def search_many(
+    model: nn.Module,
+    data: Data,
+    budgets: Sequence[str | int | float | Budget],
+    schemes: Sequence[SchemeLike] | SchemeLike = SCHEMES,
+    *,
+    task: object = None,
+    allow_slower: bool = False,
+    rounds: int = 2,
+    front: int = 8,
+    seconds: float = 2.0,
+    filter_fn: Filter | None = None,
+    fuse: bool = True,
+    forward_fn: Forward | None = None,
+    steps: int | None = None,
+    calibration: Data | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Found]:
+    """`search` for several budgets: what does not depend on them is done once.
+
+    Each search may use what those before it have measured, so the order matters.
+
+    Args and errors are those of `search`; `budgets` has one per result.
+    """
+    parsed = [Budget.parse(budget) for budget in budgets]
     if rounds < 0 or front < 0:
         raise ValueError(f"rounds and front are at least 0, not {rounds} and {front}")
     conversion = Conversion(filter_fn, fuse, calibration, forward_fn, dict(options or {}))
-    latency = wanted.kind == "seconds" or not allow_slower
+    latency = not allow_slower or any(wanted.kind == "seconds" for wanted in parsed)
     with session(
         model,
         data,
@@ -104,43 +153,47 @@ def search(
         resume=resume,
         progress=progress,
     ) as (measurer, names, count):
-        if wanted.kind == "quality":
-            wanted.meets(measurer.quality({}).figures())  # refuses an unknown figure early
+        for wanted in parsed:
+            if wanted.kind == "quality":  # refuses an unknown figure early
+                wanted.meets(measurer.quality({}).figures())
         measured = effects(measurer, names, count, False, latency, progress)
         rows, notes = make_options(measurer, measured, allow_slower)
         changes = sum(len(row.schemes) - 1 for row in rows)
-        todo = Steps(progress, rounds * changes + len(names) + front + 10)
-        cost = "seconds" if wanted.kind == "seconds" else "bytes"
-        choices = Choices(measurer, rows, cost, todo)
-        run = _Run(model, measurer, conversion, choices, rounds, seconds)
-        uniform = [run.uniform(name, todo) for name in names]
-        for name in names:
-            choices.measure(choices.choice_of(name), "uniform")
-        if wanted.kind == "quality":
-            final = run.floor(wanted)
-        elif wanted.kind == "seconds":
-            final = run.within_seconds(wanted.value)
-        else:
-            final = run.within_bytes(run.bytes_of(wanted), bool(notes))
-        choices.along(front)
-        overrides = choices.assignment(final.choice)
-        return Found(
-            model=type(model).__name__,
-            budget=str(wanted),
-            objective=measurer.objective,
-            overrides=overrides,
-            notes={name: note for name, note in notes.items() if overrides[name] is None},
-            float_bytes=measurer.bench.bytes({}),
-            bytes=final.bytes,
-            quality=final.quality,
-            float_seconds=final.float_seconds if latency else None,
-            seconds=final.seconds if latency else None,
-            speedup=final.speedup if latency else None,
-            uniform=tuple(uniform),
-            front=run.front(cost, latency, final.float_seconds, names),
-            threads=torch.get_num_threads(),
-            measured=len(choices.trials),
-        )
+        todo = Steps(progress, len(parsed) * (rounds * changes + 10) + len(names) + front)
+        trials: dict[tuple[int, ...], Trial] = {}
+        results = []
+        for wanted in parsed:
+            cost = "seconds" if wanted.kind == "seconds" else "bytes"
+            choices = Choices(measurer, rows, cost, todo, trials)
+            for name in names:
+                choices.measure(choices.choice_of(name), "uniform")
+            run = _Run(model, measurer, conversion, choices, rounds, seconds)
+            final = run.meet(wanted, bool(notes))
+            choices.along(front)
+            uniform = [
+                run.uniform(name, final.float_seconds if latency else None, measured)
+                for name in names
+            ]
+            overrides = measurer.bench.overrides(choices.assignment(final.choice))
+            found = Found(
+                model=type(model).__name__,
+                budget=str(wanted),
+                objective=measurer.objective,
+                overrides=overrides,
+                notes={name: note for name, note in notes.items() if overrides[name] is None},
+                float_bytes=measurer.bench.bytes({}),
+                bytes=final.bytes,
+                quality=final.quality,
+                float_seconds=final.float_seconds,
+                seconds=final.seconds,
+                speedup=final.speedup,
+                uniform=tuple(uniform),
+                front=run.front(cost, latency, final.float_seconds, names),
+                threads=torch.get_num_threads(),
+                measured=len(trials),
+            )
+            results.append(found)
+        return results
 
 
 @dataclass(frozen=True)
@@ -171,13 +224,30 @@ class _Run:
         self._choices, self._rounds, self._seconds = choices, rounds, seconds
         self._float_bytes = measurer.bench.bytes({})
 
-    def uniform(self, name: str, todo: Steps) -> Point:
+    def meet(self, wanted: Budget, some_slower: bool) -> _Final:
+        """The best choice that keeps to the budget.
+
+        Raises:
+            ValueError: none does.
+        """
+        if wanted.kind == "quality":
+            return self.floor(wanted)
+        if wanted.kind == "seconds":
+            return self.within_seconds(wanted.value)
+        return self.within_bytes(self.bytes_of(wanted), some_slower)
+
+    def uniform(self, name: str, float_seconds: float | None, measured: Sensitivity) -> Point:
         """One scheme for every layer that it converts, slower ones too."""
         assignment = self._measurer.bench.uniform(name)
-        restored = self._measurer.on_record(assignment)
         quality = self._measurer.quality(assignment)
-        todo.step("uniform", restored)
-        return Point(name, assignment, self._measurer.bench.bytes(assignment), None, quality)
+        size = self._measurer.bench.bytes(assignment)
+        seconds = float_seconds
+        if seconds is not None:
+            for layer in measured.layers:
+                if name in layer.schemes:
+                    seconds += layer.schemes[name].seconds or 0.0
+                    seconds -= layer.float_seconds or 0.0
+        return Point(name, assignment, size, seconds, quality)
 
     def bytes_of(self, budget: Budget) -> float:
         """The limit in bytes."""
@@ -288,8 +358,8 @@ class _Run:
     def _convert(self, trial: Trial) -> _Final:
         """Converts the model for good, and measures that."""
         model = self._model_in_float()
-        assignment = self._choices.assignment(trial.choice)
-        copy = self._conversion.quantize(model, None, assignment)
+        overrides = self._measurer.bench.overrides(self._choices.assignment(trial.choice))
+        copy = self._conversion.quantize(model, None, overrides)
         with eval_mode([copy]):
             quality = self._measurer.quality_of(copy)
             before, after = self._measurer.time_models([model, copy], self._seconds)

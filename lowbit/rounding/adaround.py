@@ -17,8 +17,8 @@ from lowbit.quantizers import DEFAULTS, QuantizedWeight, find, register_with_dat
 from lowbit.rounding.gptq import start_grid
 from lowbit.rounding.quadratic import Grid, Problem, grid_loss, make_problem
 
-STEPS = 500
-_RATE = 2e-2
+STEPS = 300
+_RATE = 3e-2
 _WARM_UP = 0.2  # of the steps, without the regularizer
 _BETA = (20.0, 2.0)
 _STRENGTH = 0.05  # of the regularizer; the error counts 1 for a weight rounded to nearest
@@ -38,7 +38,7 @@ def adaround(
 
 
 def learn(problem: Problem, grid: Grid, steps: int = STEPS) -> Tensor:
-    """Levels [B, R, K], each one of the two nearest to its weight; a row is never worse than RTN."""
+    """Levels [B, R, K], each one of the two nearest to its weight; no row is worse than RTN."""
     fmt = problem.fmt
     low, high = fmt.produced
     scale = problem.spread(grid.scale)

@@ -2,9 +2,9 @@
 
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", 2021:
 errors of layers in one block make up for each other. What is learned is that of Chen et al.,
-"EfficientQAT", 2024 (its block-wise training): weights, through their rounding by a straight-through
-estimator, with scales, zeros and biases. It begins at codes that a quantizer has chosen, and what
-has not become better is thrown away.
+"EfficientQAT", 2024 (its block-wise training): weights, through their rounding by a
+straight-through estimator, with scales, zeros and biases. It begins at codes that a quantizer has
+chosen, and what has not become better is thrown away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.nn.conv import Convolution
 from lowbit.quality import floating_tensors
 from lowbit.quantizers import QuantizedWeight, effective_scales, nearest_codes
-from lowbit.rounding.moments import rounded_input
+from lowbit.rounding.moments import kernel_input
 from lowbit.rounding.quadratic import make_grid
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -86,28 +86,22 @@ class SoftLayer:
     def forward(self, x: Tensor) -> Tensor:
         """What the lowbit layer computes."""
         layer: Any = self.layer
-        dtype, x = x.dtype, rounded_input(layer, x)
+        inputs = kernel_input(layer, x)
         weight = layer._matrix_to_weight(self._weight())
-        if not isinstance(layer, Convolution):
-            y = F.linear(x, weight)
-        else:
-            images = layer._to_images(x)
-            if layer.padding_mode == "zeros":
-                top, left, bottom, right = layer._pads()
-                images = F.pad(images, [left, right, top, bottom])
-            else:
-                images = layer._pad(images)
-            if weight.dim() == 3:
-                weight = weight[:, :, None]
+        convolution = isinstance(layer, Convolution)
+        if convolution:
+            weight = weight if weight.dim() == 4 else weight[:, :, None]
             stride, dilation = layer._two(layer.stride), layer._two(layer.dilation)
-            y = F.conv2d(images, weight, None, stride, 0, dilation, layer.groups)
+            y = F.conv2d(inputs, weight, None, stride, 0, dilation, layer.groups)
+        else:
+            y = F.linear(inputs, weight)
         if not self._size:
             self._size = float(y.detach().square().mean().sqrt())
         bias = self._bias + self.parameters["bias"] * self._size
-        y = y + (bias if not isinstance(layer, Convolution) else bias[:, None, None])
-        if isinstance(layer, Convolution):
+        y = y + (bias[:, None, None] if convolution else bias)
+        if convolution:
             y = layer._from_images(y, x.dim() <= layer._dims + 1)
-        return y.to(dtype)
+        return y.to(x.dtype)
 
     def _weight(self) -> Tensor:
         fmt = self._q.format

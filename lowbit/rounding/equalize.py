@@ -93,7 +93,8 @@ def _find_pairs(model: nn.Module, through_relu6: bool) -> tuple[list[_Pair], lis
     flow = Flow(model)
     names = {id(module): name for name, module in model.named_modules()}
     tied = _tied(model)
-    pairs, clipped = [], []
+    pairs: list[_Pair] = []
+    clipped: list[_Pair] = []
     for name, module in model.named_modules():
         if not _fits(module) or id(module) in tied:
             continue

@@ -1,11 +1,11 @@
 """HQQ: scales and zeros by half-quadratic splitting, without data.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023
-(mobiusml.github.io/hqq_blog). What rounding loses is measured by an l_p norm with p < 1, which cares
-little for outliers: it is split into a shrinkage of the error, which is exact, and a least-squares
-step for the grid. Here that step fits the scale as well as the zero, and what is kept is the grid
-with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each; without groups
-there is none, and the scale alone is fitted.
+(mobiusml.github.io/hqq_blog). What rounding loses is measured by an l_p norm with p < 1, which
+cares little for outliers: it is split into a shrinkage of the error, which is exact, and a
+least-squares step for the grid. Here that step fits the scale as well as the zero, and what is
+kept is the grid with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each;
+without groups there is none, and the scale alone is fitted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CHUNK = 1 << 18  # weights at a time
 @register("hqq", ("int8", "int4", "int2"))
 def hqq(w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None) -> QuantizedWeight:
     """Half-quadratic quantization; see `lowbit.quantizers.Quantizer`."""
-    n, k = w.shape
     if w.numel() == 0:
         return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    parts = [_rows(part, fmt, group_size, valid) for part in w.split(max(1, _CHUNK // k))]
+    rows = torch.split(w, max(1, _CHUNK // w.shape[1]))
+    parts = [_rows(part, fmt, group_size, valid) for part in rows]
     codes, scales, groups, zeros = zip(*parts, strict=True)
     return QuantizedWeight(
         torch.cat(codes),

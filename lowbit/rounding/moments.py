@@ -76,7 +76,8 @@ class Moments:
         rows = w.double().view(len(second), -1, w.shape[1])
         right = rows @ (cross + damped - second)
         found = torch.linalg.solve(damped, right.transpose(1, 2)).transpose(1, 2)
-        return found.reshape(w.shape).float()
+        result: Tensor = found.reshape(w.shape).float()
+        return result
 
     def shift(self, w: Tensor, q: Tensor) -> Tensor:
         """What to add to the bias [N] so that the outputs keep their means.
@@ -103,39 +104,58 @@ def float_matrix(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight_to_matrix(weight.float(), layer.scheme.weight)
 
 
-def rows_of(layer: Any, x: Tensor, seed: int) -> Tensor:
+def rows_of(layer: Any, x: Tensor, seed: int, rounded: bool = False) -> Tensor:
     """Inputs of a lowbit layer as rows of its matrix product: float32 [B, M, K].
-
-    Activations are rounded as the layer rounds them. Of many rows some are taken at random.
 
     Args:
         layer: a layer for which `takes_moments`.
         x: its input.
-        seed: of what is taken; the same for both models.
+        seed: of what is taken of many rows; the same for both models.
+        rounded: whether activations are rounded as the layer rounds them.
     """
     random = torch.Generator().manual_seed(seed)
-    x = x.detach().float()
+    x = x.detach()
     if isinstance(layer, lnn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = kernel_input(layer, x, rounded)
+        rows = rows.reshape(-1, rows.shape[-1])
         if len(rows) > _ROWS:
             rows = rows[torch.randperm(len(rows), generator=random)[:_ROWS].sort().values]
         return rows[None]
-    return _patches(layer, x, random)
+    return _patches(layer, kernel_input(layer, x, rounded), random)
 
 
-def rounded_input(layer: Any, x: Tensor) -> Tensor:
-    """x as the layer's kernel sees it: codes times the scale of each row or image."""
-    dims = (-1,) if isinstance(layer, lnn.Linear) else tuple(range(-layer._dims - 1, 0))
-    return fake_activation(x.float(), layer.scheme.activation, dims)
+def kernel_input(layer: Any, x: Tensor, rounded: bool = True) -> Tensor:
+    """What a layer's kernel computes with: x, or padded images [N, C, H, W], in float32.
 
-
-def _patches(layer: Convolution, x: Tensor, random: torch.Generator) -> Tensor:
-    images = layer._to_images(x)
+    Args:
+        rounded: whether to round to codes times the scale of each row or image.
+    """
+    x = x.float()
+    if isinstance(layer, lnn.Linear):
+        return _as_codes(layer, x, (-1,)) if rounded else x
+    images: Tensor = layer._to_images(x)
+    if layer.padding_mode != "zeros":  # the pixels that it is padded by are rounded with it
+        images = layer._pad(images)
+    if rounded:
+        images = _as_codes(layer, images, (1, 2, 3))
     if layer.padding_mode == "zeros":
         top, left, bottom, right = layer._pads()
         images = F.pad(images, [left, right, top, bottom])
-    else:
-        images = layer._pad(images)
+    return images
+
+
+def _as_codes(layer: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x rounded to what its codes mean, with the gradient of x."""
+    activation = layer.scheme.activation
+    if not layer.scheme.static or activation == "binary":
+        return fake_activation(x, activation, dims)
+    scale, zero = float(layer.activation_scale), int(layer.activation_zero)
+    low, high = (-128, 127) if activation == "int8" else (-32639, 32639)
+    code = (x.detach() / scale).round_().add_(zero).clamp_(low, high)
+    return x + (code.sub_(zero).mul_(scale) - x.detach())
+
+
+def _patches(layer: Convolution, images: Tensor, random: torch.Generator) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = map(
         layer._two, (layer.kernel_size, layer.stride, layer.dilation)
     )
@@ -152,4 +172,4 @@ def _patches(layer: Convolution, x: Tensor, random: torch.Generator) -> Tensor:
     found = found.permute(1, 0, 4, 3, 2)  # [groups, images, positions, taps, C / groups]
     tap = layer._layout()[2] // (kh * kw)
     found = F.pad(found, (0, tap - per_block))
-    return found.reshape(layer.groups, count * len(taken), -1)
+    return found.reshape(layer.groups, count * len(taken), kh * kw * tap)

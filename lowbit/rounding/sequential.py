@@ -23,8 +23,7 @@ from lowbit.plan import Job
 from lowbit.quality import floating_tensors
 from lowbit.quantizers import dequantize_weight, quantize_weight
 from lowbit.rounding.blocks import Call, Sample, find_blocks, learn
-from lowbit.rounding.moments import Moments, float_matrix, rounded_input, rows_of, takes_moments
-from lowbit.schemes import Scheme
+from lowbit.rounding.moments import Moments, float_matrix, rows_of, takes_moments
 
 Convert = Callable[[Job], nn.Module]
 Forward = Callable[[nn.Module, Any], Any]
@@ -162,7 +161,7 @@ def _gather(
                 rows = rows_of(layer, x, seed)
                 if key not in moments:
                     moments[key] = Moments.like(rows)
-                moments[key].add(rows, rows_of(layer, rounded_input(layer, z), seed))
+                moments[key].add(rows, rows_of(layer, z, seed, rounded=True))
     for key in layers:
         if moments[key].count == 0:
             raise ValueError(f"layer '{job.name}': the calibration data give it empty inputs")

@@ -51,12 +51,12 @@ def smooth(
 
     For each channel of a LayerNorm or RMSNorm behind which come Linear layers, and them alone: the
     factor is max|x|^alpha / max|w|^(1 - alpha), of the norm's outputs x on the data and of the
-    Linears' weights w. Helps where few channels are far larger than all others, as in large language
-    models: int8 activations have one scale for a row.
+    Linears' weights w. Helps where few channels are far larger than all others, as in large
+    language models: int8 activations have one scale for a row.
 
-    Where a norm's output goes elsewhere too (into a sum, as in BERT), scaling would change the model.
-    So each norm is tried on the first batch, and left as it was where the outputs do not stay the
-    same but for rounding. A warning says if none is left.
+    Where a norm's output goes elsewhere too (into a sum, as in BERT), scaling would change the
+    model. So each norm is tried on the first batch, and left as it was where the outputs do not
+    stay the same but for rounding. A warning says if none is left.
 
     Args:
         model: a float model; untouched.
@@ -93,8 +93,8 @@ def smooth(
                     getattr(module, key).copy_(value)
     if not smoothed:
         warnings.warn(
-            f"nothing was smoothed: of {len(norms)} norms that Linear layers follow, none feeds them "
-            "alone",
+            f"nothing was smoothed: of {len(norms)} norms that Linear layers follow, none feeds "
+            "them alone",
             stacklevel=2,
         )
     return result

@@ -36,12 +36,12 @@ def load() -> nn.Module:
 
 def calibration() -> list[Tensor]:
     """Batches float32 [50, 1, 28, 28] of training images."""
-    return [as_run(x) for x in load_images("train").first(IMAGES).pixels.split(50)]
+    return [as_run(x) for x in torch.split(load_images("train").first(IMAGES).pixels, 50)]
 
 
 def tests() -> list[Tensor]:
     """All test images."""
-    return [as_run(x) for x in load_images("test").pixels.split(500)]
+    return [as_run(x) for x in torch.split(load_images("test").pixels, 500)]
 
 
 def score(wanted: Tensor, found: Tensor) -> float:

@@ -82,16 +82,16 @@ def _number(score: float) -> str:
 INTRODUCTION = (
     "`data`: whether the method sees calibration data, which are other images and texts than those "
     "tested. `seconds`: what `lowbit.quantize` took, calibration included. `bytes`: all parameters "
-    "and buffers of the converted model. `mixed` is the mixture in `lowbit/benchmark/quality/study.py`."
+    "and buffers of the converted model. `lowbit/benchmark/quality/study.py` has what each method "
+    "is, the layers of `mixed` among it."
 )
 
 NOTES = {
     "efficientnet": (
         "Calibration: 88 crops of eleven photographs and textures. Test: 240 crops of six other "
-        "photographs, sides of 0.7 to 1 of the shorter side, half of them mirrored. `adaround`'s "
-        "paper gives 68.7 % for W4 on MobileNetV2 (float32 71.7 %, ImageNet), "
-        "the nearest published figure for a network of this kind; agreement with float32 on photographs is "
-        "no ImageNet accuracy."
+        "photographs, sides of 0.7 to 1 of the shorter side, half of them mirrored: one "
+        "crop is 0.4 points. Published figures are accuracies on ImageNet, which these are not; "
+        "none is known for this network below 8 bits and these photographs."
     ),
     "minilm": (
         "Calibration: 1000 sentences of the docstrings of Python's library. Test: 500 of NumPy's. "

@@ -86,4 +86,4 @@ def _crops(path: Path, count: int, smallest: float, random: torch.Generator) -> 
 
 
 def _batches(x: Tensor) -> list[Tensor]:
-    return [part.contiguous(memory_format=torch.channels_last) for part in x.split(BATCH)]
+    return [part.contiguous(memory_format=torch.channels_last) for part in torch.split(x, BATCH)]

@@ -11,10 +11,37 @@ import torch
 from torch import Tensor, nn
 
 CALIBRATION = (
-    "argparse asyncio calendar collections configparser csv datetime decimal difflib doctest "
-    "email.message functools heapq http.client inspect logging optparse pickle random shutil "
-    "socket ssl statistics subprocess tarfile tempfile threading typing unittest zipfile"
-).split()
+    "argparse",
+    "asyncio",
+    "calendar",
+    "collections",
+    "configparser",
+    "csv",
+    "datetime",
+    "decimal",
+    "difflib",
+    "doctest",
+    "email.message",
+    "functools",
+    "heapq",
+    "http.client",
+    "inspect",
+    "logging",
+    "optparse",
+    "pickle",
+    "random",
+    "shutil",
+    "socket",
+    "ssl",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "threading",
+    "typing",
+    "unittest",
+    "zipfile",
+)
 """Modules whose docstrings are calibrated with."""
 TESTS = ("numpy", "numpy.fft", "numpy.linalg", "numpy.ma", "numpy.polynomial", "numpy.random")
 COUNT, TEST_COUNT = 1000, 500
@@ -53,7 +80,7 @@ def score(wanted: Tensor, found: Tensor) -> float:
     return float(torch.cosine_similarity(wanted, found).double().mean())
 
 
-def sentences(modules: tuple[str, ...] | list[str]) -> list[str]:
+def sentences(modules: tuple[str, ...]) -> list[str]:
     """Whole sentences in the docstrings of modules, their classes, functions and methods."""
     found: dict[str, None] = {}
     for name in modules:
