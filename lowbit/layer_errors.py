@@ -59,7 +59,8 @@ class LayerError:
         alone_db: SQNR of the outputs on the float model's inputs of this layer, dB.
         network_db: SQNR of the outputs in the quantized model, dB.
         weights: of float and quantized weights.
-        outputs: of the outputs in the float and in the quantized model.
+        outputs: of the outputs in the float and in the quantized model; where `network_db` is None,
+            of those that `alone_db` is of.
     """
 
     name: str
@@ -196,12 +197,14 @@ class _Side:
         self.name, self.layer, self.form = name, layer, form
         self.calls = 0
         self._alone, self._network = QualityMeter("other"), QualityMeter("other")
-        self._outputs = _Counts()
+        self._outputs, self._outputs_alone = _Counts(), _Counts()
         epilogue = layer.epilogue if isinstance(layer, QuantizedLayer) else "none"
         self._epilogue = FLOAT_EPILOGUES[epilogue]() if epilogue != "none" else nn.Identity()
 
     def try_alone(self, reference: Any, args: Any, kwargs: Any) -> None:
-        self._alone.update(self._after(reference), self.layer(*args, **kwargs))
+        expected, output = self._after(reference), self.layer(*args, **kwargs)
+        self._alone.update(expected, output)
+        self._outputs_alone.add(floating_tensors(expected), floating_tensors(output))
 
     def compare(self, output: Any) -> None:
         if self.form is None or self.calls >= len(self.form.outputs):
@@ -233,7 +236,7 @@ class _Side:
             alone_db=_sqnr(self._alone),
             network_db=_sqnr(self._network),
             weights=weights,
-            outputs=self._outputs.result(),
+            outputs=self._outputs.result() or self._outputs_alone.result(),
         )
 
 

@@ -225,6 +225,13 @@ def test_layers_of_a_static_network_are_measured_alone():
     assert words(table).count("\N{EN DASH}") == 2
     overview = next(section(parsed(page(found)), "layers").iter(SVG))
     assert "alone" in overview.get("aria-label")
+    assert all(
+        sum(layer.outputs.quantized) == 4 * size
+        for layer, size in zip(layers, (32, 8), strict=True)
+    )
+    figures = section(parsed(page(found)), "histograms")
+    labels = [svg.get("aria-label") for svg in figures.iter(SVG)]
+    assert sum(label.startswith("Outputs, alone of ") for label in labels) == 2
 
 
 def test_names_break_behind_dots_and_underscores():
