@@ -55,7 +55,19 @@ multiply-accumulates (MAC) and instructions of an iteration, the share of these 
 for each that does, registers spilled in the loop. `of limit` is the time that its products alone
 need over that of the loop. What a core can do at most: {limits}. For W1A1 the limit is three
 operations for 128 bits, `eor`, `cnt` and `add`: no fewer count them. Depthwise: taps across x
-quads of rows of the kernel, rows of outputs x channels; each of its iterations also writes outputs.
+quads of rows of the kernel, rows of outputs x channels; with a known number of taps, an iteration
+also writes the outputs of a pixel.
+
+Where fewer than 80 % are reached with 8 rows or more, other work needs the same ports:
+
+- `neoni8mm`, 8 rows: a register of weights serves 4 `usmmla`, and costs 1 (W8), 1.4 (W1), 1.5 (W4) or 1.75
+  (W2) operations of the vector units, a `zip` among them, which the one layout asks for. So no more
+  than 80, 74, 73 and 70 % are possible. With 16 rows it serves 8: 89, 85, 84 and 82 %.
+- Depthwise: 4 outputs of a 3x3 kernel are 3 products by `sdot`, and beside them a conversion, a
+  multiplication with the scale and a store, 3 to 4 slots of the vector units: 43 to 50 % at most, with
+  10 products (5x5, two quads of rows) 71 to 77 %. On `neon`, which multiplies in one unit of two,
+  the rest finds room in the other.
+- Grouped: each product needs a `tbl` of its own, which takes the same ports: 50 % at most.
 
 What comes before and after a loop is left out: quantizing, the scales of a tile, and where K has
 groups, those of each group. That is some 250 (`neondot`) and 300 instructions (`neoni8mm`, counted
@@ -71,8 +83,7 @@ PANELS_TEXT = """## Unpacking included
 
 A panel is 16 channels. For many rows it is unpacked once, and that takes time, too: the share of
 the limit that unpacking and all tiles of 8 rows reach together, on the first core of each table.
-Beside it the loop above that unpacks in registers, which is what runs for up to 16 rows (`neondot`)
-or 8 (`neoni8mm`).
+Beside it the loops above that unpack in registers, which is what runs for up to 16 rows.
 """
 
 PEERS_TEXT = """
@@ -245,16 +256,18 @@ def panels(args: argparse.Namespace, obj: str, core: str, loops: dict[str, Loop]
     """Share of the limit with unpacking, by width and rows."""
     tile = loops["unpacked, 8 x 8"]
     isa = Path(obj).name.split(".")[0]
-    lines = ["", f"| {isa}, {core} | in registers | M = 16 | M = 24 | M = 48 |",
+    lines = ["", f"| {isa}, {core} | in registers, M = 8 | M = 16 | unpacked, M = 24 | M = 48 |",
              "|---|---|---|---|---|"]  # fmt: skip
     for bits in (8, 4, 2, 1):
         unpack = unpack_loop(args, obj, bits)
         if unpack is None:
             continue
-        direct = loops[f"{width(bits)}, 8 x 8"]
-        row = f"| W{bits} | {limit(args.mca, core, direct) / need(args.mca, core, direct):.0%} |"
+        eight = f"{width(bits)}, 8 x 8"
+        row = f"| W{bits} |"
+        for direct in (loops[eight], loops.get(f"{width(bits)}, 16 x 4", loops[eight])):
+            row += f" {limit(args.mca, core, direct) / need(args.mca, core, direct):.0%} |"
         time, macs = need(args.mca, core, unpack[0]), unpack[1]
-        for rows in (16, 24, 48):
+        for rows in (24, 48):
             tiles = macs * rows / tile.macs
             total = time + tiles * need(args.mca, core, tile)
             row += f" {tiles * limit(args.mca, core, tile) / total:.0%} |"

@@ -54,6 +54,9 @@ constexpr int64_t prefetch_steps(int rows) { return rows <= 2 ? 128 : 64; }
 // any number of them where the channels are no more.
 constexpr int64_t kTallTiles = 2;
 
+// Up to this size, tiles small enough to combine groups in registers are faster than larger ones.
+constexpr int64_t kShortGroup = 64;
+
 // A block of channels of one thread, and its tiles.
 class Block {
  public:
@@ -65,10 +68,12 @@ class Block {
         depth_(depth),
         rows_(rows),
         codes_(codes),
-        tall_(rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
+        short_groups_(kernel.group_mr && weights.group_scale && !weights.group_zero &&
+                      weights.group_size <= kShortGroup && fits_tile()),
+        tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
-        tiles_(ceil_div(rows.count, (tall_ ? kernel.tall_mr : kernel.mr) / rows.planes)) {
+        tiles_(ceil_div(rows.count, tile_rows() / rows.planes)) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
@@ -177,6 +182,10 @@ class Block {
       __builtin_prefetch(from + size + i * kLine);
   }
 
+  int tile_rows() const {
+    return short_groups_ ? kernel_.group_mr : tall_ ? kernel_.tall_mr : kernel_.mr;
+  }
+
   // Whether a group's sum stays within int32: one chunk, and of int16 activations 256 * hi + lo.
   bool fits_tile() const {
     if (depth_.chunks_per_group > 1) return false;
@@ -261,7 +270,7 @@ class Block {
   const Rows& rows_;
   const CodeRows* const codes_;
   bool in_registers_, centred_;
-  const bool tall_;
+  const bool short_groups_, tall_;
   const int64_t width_, tiles_;  // of a block, in channels and in tiles
   Tile tile_{};
   float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;

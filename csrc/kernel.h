@@ -132,6 +132,7 @@ struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
   int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
+  int group_mr;          // rows of a tall one that combines groups in registers, or 0
 
   int64_t (*room)(int64_t k);  // bytes of scratch that `dot` needs for rows of k
 

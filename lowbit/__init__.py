@@ -29,6 +29,8 @@ from lowbit.compare import compare
 from lowbit.convert import quantize, quantize_, register_converter
 from lowbit.fuse import fuse
 from lowbit.info import cpu_info
+from lowbit.mixed.search import search
+from lowbit.mixed.sensitivity import sensitivity
 from lowbit.qat import prepare_qat
 from lowbit.report import Report, summary
 from lowbit.rounding.equalize import equalize
@@ -60,6 +62,8 @@ __all__ = [
     "quantize_",
     "register_converter",
     "save_file",
+    "search",
+    "sensitivity",
     "smooth",
     "summary",
 ]

@@ -1,4 +1,4 @@
-"""The command `lowbit`: demo, info, compare, convert, bench.
+"""The command `lowbit`: demo, info, compare, report, sensitivity, search, convert, bench.
 
 Results go to standard output (as text, or with `--json` as one JSON document); progress and errors
 go to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage. Whatever is heavy is imported by
@@ -12,12 +12,13 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lowbit.errors import one_line
 from lowbit.model_argument import (
@@ -28,7 +29,11 @@ from lowbit.model_argument import (
     find,
     random_input,
     read_inputs,
+    read_labels,
 )
+
+if TYPE_CHECKING:
+    from lowbit.comparison import Comparison
 
 DESCRIPTION = "INT8, INT4, INT2, ternary and binary inference for PyTorch models on CPUs."
 MODEL_HELP = "package.module:factory, a callable that returns the model, or the model itself"
@@ -68,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as exit_:  # argparse has printed its message
         return int(exit_.code or 0)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     if arguments.command is None:
         parser.print_help()
         return 2
@@ -119,17 +125,24 @@ def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.demo.run import run
 
     _check_writable(arguments.plot)
-    result = run(budget_seconds=arguments.seconds, progress=progress)
+    _check_page(arguments.html)
+    result = run(
+        budget_seconds=arguments.seconds, details=arguments.html is not None, progress=progress
+    )
     if arguments.plot is not None:
         result.comparison.plot(arguments.plot)
-    return Output(str(result), result.to_dict())
+    page = _write_page(result.comparison, arguments, "36 views of 6 photographs")
+    return Output(f"{result}{page.text}", result.to_dict() | page.data)
 
 
 def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.compare import compare
+    from lowbit.mixed.command import task_of
 
-    schemes = _schemes(arguments.schemes)
+    schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
     _check_writable(arguments.plot)
+    _check_page(arguments.html)
+    labels = None if arguments.labels is None else read_labels(arguments.labels)
     on_inputs = str(arguments.calibration) == "inputs"
     calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
     factory = find(arguments.model)
@@ -146,6 +159,9 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
         inputs,
         budget_seconds=arguments.seconds,
         torch_int8=not arguments.no_torch_int8,
+        details=arguments.html is not None,
+        labels=labels,
+        task=task,
         progress=progress,
         calibration=calibration,
     )
@@ -155,7 +171,9 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     if arguments.calibration is not None:
         data["calibration"] = str(arguments.calibration)
         described += f"; calibrated on {'these' if on_inputs else arguments.calibration}"
-    return Output(f"inputs: {described}\n\n{comparison}", data)
+    page = _write_page(comparison, arguments, described)
+    data |= page.data
+    return Output(f"inputs: {described}\n\n{comparison}{page.text}", data)
 
 
 def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
@@ -163,10 +181,18 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.report import summary
     from lowbit.serialize import save_file
 
-    scheme, *more = _schemes(arguments.scheme)
-    if more:
-        raise UsageError("--scheme takes one scheme; --override gives a layer another one")
+    scheme: str | None = None
+    if arguments.scheme is not None or arguments.schemes is None:
+        scheme, *more = _schemes(arguments.scheme or "w8a8")
+        if more:
+            raise UsageError("--scheme takes one scheme; --override gives a layer another one")
     overrides = dict(map(_override, arguments.override))
+    if arguments.schemes is not None:
+        overrides |= {
+            name: chosen
+            for name, chosen in _read_schemes(arguments.schemes).items()
+            if name not in overrides
+        }
     _check_writable(arguments.output)
     given = [recipe for recipe in (scheme, *overrides.values()) if recipe is not None]
     calibration = _calibration(arguments.calibration, given)
@@ -188,6 +214,21 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     )
     data = report.to_dict() | {"file": str(arguments.output), "file_bytes": size}
     return Output(f"{report}\n\n{closing}", data)
+
+
+def _sensitivity(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.resume)
+    return Output(*command.sensitivity(arguments, progress))
+
+
+def _search(arguments: argparse.Namespace, progress: Progress) -> Output:
+    from lowbit.mixed import command
+
+    _check_writable(arguments.output)
+    _check_writable(arguments.resume)
+    return Output(*command.search(arguments, progress))
 
 
 def _calibration(path: Path | None, schemes: Sequence[str]) -> Any:
@@ -232,6 +273,15 @@ def _schemes(text: str) -> list[str]:
     return names
 
 
+def _read_schemes(path: Path) -> dict[str, str | None]:
+    from lowbit.mixed.found import read_schemes
+
+    try:
+        return read_schemes(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--schemes: {error}") from error
+
+
 def _override(text: str) -> tuple[str, str | None]:
     # From the right: a regular expression may hold a "=", a recipe never does.
     name, separator, recipe = text.rpartition("=")
@@ -250,6 +300,25 @@ def _check_writable(path: Path | None) -> None:
         raise UsageError(f"{path}: there is no directory {path.parent}; create it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CommandError(f"{path}: no permission to write there")
+
+
+def _check_page(path: Path | None) -> None:
+    _check_writable(path)
+    if path is not None:
+        from lowbit.html.packages import check_packages
+
+        check_packages()
+
+
+def _write_page(comparison: Comparison, arguments: argparse.Namespace, inputs: str) -> Output:
+    """Writes the page if one is asked for. Returns what a command adds to its output."""
+    if arguments.html is None:
+        return Output("", {})
+    command = shlex.join(["lowbit", *arguments.argv])
+    comparison.save_html(arguments.html, command=command, inputs=inputs)
+    size = arguments.html.stat().st_size
+    text = f"\n\nwrote {arguments.html} ({size / 1e6:.2f} MB)"
+    return Output(text, {"html": str(arguments.html), "html_bytes": size})
 
 
 def _message(error: Exception, debug: bool) -> str:
@@ -302,25 +371,36 @@ def _parser() -> argparse.ArgumentParser:
             )
         return made
 
+    from lowbit.mixed.command import add_search, add_sensitivity
+
     demo = command("demo", _demo, "Show every width on a real network and real photographs.")
     _add_plot(demo)
+    _add_html(demo, "--html", None)
     _add_seconds(demo, 12.0)
     command("info", _info, "Show the CPU, the kernels in use, the threads and the versions.")
     compare = command("compare", _compare, "Compare a model's widths: speed, size and quality.")
-    compare.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    compare.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
-    inputs = compare.add_mutually_exclusive_group()
-    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
-    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
-    compare.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
-    _add_calibration(compare, "; 'inputs' takes the inputs themselves")
-    compare.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
-    _add_plot(compare)
-    _add_seconds(compare, 10.0)
+    _add_comparison(compare)
+    _add_html(compare, "--html", None)
+    report = command(
+        "report", _compare, "Write such a comparison, layer by layer, as an HTML page."
+    )
+    _add_comparison(report)
+    _add_html(report, "-o", Path("report.html"))
+    for name, run, add, text in (
+        ("sensitivity", _sensitivity, add_sensitivity, "Measure what each layer loses, and takes."),
+        ("search", _search, add_search, "Choose a scheme for each layer, within a budget."),
+    ):
+        made = command(name, run, text)
+        made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        _add_inputs(made)
+        add(made)
     convert = command("convert", _convert, "Convert a model and write it to a file.")
     convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    convert.add_argument("--scheme", default="w8a8", help="recipe (default: %(default)s)")
+    convert.add_argument("--scheme", help="recipe (default: w8a8; with --schemes: float)")
+    convert.add_argument(
+        "--schemes", type=Path, metavar="FILE.json", help="each layer's, as `lowbit search` wrote"
+    )
     convert.add_argument(
         "--override",
         action="append",
@@ -349,6 +429,35 @@ class _Version(argparse.Action):
 
         print(f"lowbit {version()}")
         parser.exit()
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
+    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    from lowbit.mixed.command import add_task
+
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--schemes", default="w8a8,w4a8", help="recipes (default: %(default)s)")
+    _add_inputs(parser)
+    _add_calibration(parser, "; 'inputs' takes the inputs themselves")
+    add_task(parser)
+    parser.add_argument("--no-torch-int8", action="store_true", help="leave torch's INT8 out")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="names of the classes, one a line, for the page"
+    )
+    _add_plot(parser)
+    _add_seconds(parser, 10.0)
+
+
+def _add_html(parser: argparse.ArgumentParser, flag: str, default: Path | None) -> None:
+    text = "write one HTML page" + ("" if default is None else " (default: %(default)s)")
+    flags = (flag, "--output") if flag == "-o" else (flag,)
+    parser.add_argument(*flags, type=Path, metavar="FILE", dest="html", default=default, help=text)
 
 
 def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:

@@ -27,6 +27,8 @@ from lowbit import baselines, timing
 from lowbit.calibration.data import Data, repeatable
 from lowbit.comparison import Comparison, Row
 from lowbit.errors import one_line
+from lowbit.html.details import gather
+from lowbit.html.packages import check_packages
 from lowbit.quality import Quality, QualityMeter
 from lowbit.schemes import Scheme
 from lowbit.timing import MemoryUse, Timing
@@ -46,7 +48,9 @@ def compare(
     threads: int | None = None,
     budget_seconds: float = 10.0,
     torch_int8: bool = True,
-    task: str | None = None,
+    task: object = None,
+    details: bool = False,
+    labels: Sequence[str] | None = None,
     progress: Progress | None = None,
     calibration: Data | str | None = None,
 ) -> Comparison:
@@ -64,7 +68,12 @@ def compare(
         budget_seconds: wall time of the timing rounds of all sides together. Converting, saving,
             the first calls and the quality come on top.
         torch_int8: whether to include torch's INT8.
-        task: "classification", "other", or None to tell by the output: see `QualityMeter`.
+        task: "classification", "detection", "generation", "embeddings", "language", "other", a
+            function of the float model's output and the candidate's (and the batch), or None to
+            tell by the output: see `lowbit.tasks`.
+        details: whether to take what `Comparison.save_html` shows beyond the tables, too: the
+            accounts, the error of each layer, pictures. Needs `pip install 'lowbit[report]'`.
+        labels: names of the classes, for the pictures in the details.
         progress: called with the stage and the share of it that is done.
         calibration: batches for the schemes among the candidates that learn from data, see
             `lowbit.calibration.batches`, and for torch's static INT8, so that both learn from the
@@ -72,6 +81,7 @@ def compare(
             first 8 batches of these all the same.
 
     Raises:
+        ModuleNotFoundError: details without the packages that they need.
         ValueError: no candidates, no inputs, a name that is taken, an invalid task or threads; a
             scheme that learns from calibration data without any.
         RuntimeError: a candidate fails on the inputs, or its outputs are not built like the float
@@ -83,6 +93,8 @@ def compare(
     if not head:
         raise ValueError("`inputs` holds no batch")
     QualityMeter(task)  # refuse an unknown task before the work, not after
+    if details:
+        check_packages()
     learned = _calibration(calibration, head)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads(threads))
@@ -117,6 +129,18 @@ def compare(
             _row(name, sides, timings, memory[name], qualities.get(name), batch_size, notes[name])
             for name in sides
         ]
+        settings = {
+            "candidates": list(chosen),
+            "budget_seconds": budget_seconds,
+            "threads": used_threads,
+            "torch_int8": torch_int8,
+            "task": None if task is None else str(getattr(task, "__name__", task)),
+        }
+        detailed = (
+            gather(sides, head, labels=labels, settings=settings, progress=report)
+            if details
+            else None
+        )
     if baseline is not None and baseline.model is None:
         rows.insert(1, Row(TORCH_INT8, "torch", notes=tuple(notes[TORCH_INT8])))
     return Comparison(
@@ -128,6 +152,7 @@ def compare(
         batches=count,
         torch_version=str(torch.__version__),
         rows=tuple(rows),
+        details=detailed,
     )
 
 
@@ -256,7 +281,7 @@ def _call(name: str, model: nn.Module, batch: Any) -> Callable[[], Any]:
 def _qualities(
     sides: Mapping[str, nn.Module],
     batches: Iterable[Any],
-    task: str | None,
+    task: object,
     notes: Mapping[str, list[str]],
     report: Progress,
 ) -> tuple[dict[str, Quality], int]:
@@ -274,7 +299,7 @@ def _qualities(
             if name not in meters:
                 continue
             try:
-                meters[name].update(expected, baselines.run(side, batch))
+                meters[name].update(expected, baselines.run(side, batch), batch)
             except Exception as error:
                 if name != TORCH_INT8:
                     raise RuntimeError(f"{name!r} failed on batch {count}: {error}") from error

@@ -1,4 +1,4 @@
-"""What `compare` returns: one row per model, as dicts, JSON, a plot, or tables for people."""
+"""What `compare` returns: a row per model, as dicts, JSON, a plot, a page, or tables for people."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from lowbit.quality import Quality
+from lowbit.tasks.metric import METRICS, Metric, metric_of
 from lowbit.timing import Ratio, Timing
+
+if TYPE_CHECKING:
+    from lowbit.html.details import Details
 
 _WIDTH = 120
 
@@ -72,6 +76,7 @@ class Comparison:
         batches: batches that the quality is taken over.
         torch_version: torch's version.
         rows: one per model.
+        details: what a page shows beyond that, where `compare` was asked for it.
     """
 
     model: str
@@ -82,6 +87,7 @@ class Comparison:
     batches: int
     torch_version: str
     rows: tuple[Row, ...]
+    details: Details | None = None
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -92,17 +98,37 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything by name; times in seconds, sizes in bytes, agreements as shares."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"rows": [row.to_dict() for row in self.rows]}
+        values["rows"] = [row.to_dict() for row in self.rows]
+        details = values.pop("details")
+        return values if details is None else values | {"details": details.to_dict()}
 
     def to_json(self) -> str:
         """`to_dict` as indented, strict JSON: NaN and infinities as "nan", "inf" and "-inf"."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path) -> None:
         """Draws speed-up against SQNR into a file (PNG, SVG or PDF by its suffix)."""
         from lowbit.plot import plot
 
         plot(self, path)
+
+    def save_html(
+        self, path: str | Path, *, command: str | None = None, inputs: str | None = None
+    ) -> None:
+        """Writes one HTML page that needs neither network nor script.
+
+        Args:
+            path: the file to write.
+            command: the command that made the comparison, to be shown.
+            inputs: what the models ran on, to be shown.
+
+        Raises:
+            ModuleNotFoundError: jinja2 or Pillow is not installed.
+            OSError: the file cannot be written.
+        """
+        from lowbit.html.page import page
+
+        Path(path).write_text(page(self, command=command, inputs=inputs), encoding="utf-8")
 
     @property
     def title(self) -> str:
@@ -114,16 +140,16 @@ class Comparison:
         return _render(self)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Non-finite floats as the strings that `float()` takes."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-_Column = tuple[str, Callable[[Row], str]]
+Column = tuple[str, Callable[[Row], str]]
 
 
 def _text(value: float | None, spec: str, factor: float = 1.0) -> str:
@@ -136,18 +162,23 @@ def _spread(ratio: Ratio | None) -> str:
     return str(ratio) if ratio.p10 != ratio.p90 else f"{ratio.median:.2f}"
 
 
-def _time_column(header: str, of: Callable[[Timing], float]) -> _Column:
+def _time_column(header: str, of: Callable[[Timing], float]) -> Column:
     return header, lambda row: "-" if row.timing is None else f"{of(row.timing) * 1e3:.3f}"
 
 
-def _quality_column(header: str, field: str, spec: str, factor: float = 1.0) -> _Column:
-    def cell(row: Row) -> str:
-        return _text(None if row.quality is None else getattr(row.quality, field), spec, factor)
+def quality_columns(result: Comparison) -> list[Column]:
+    """The figures that a row has, in the order of `METRICS`, then those of a function."""
+    found = {row.name: {} if row.quality is None else row.quality.figures() for row in result.rows}
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    order = [*(name for name in METRICS if name in names), *names]
 
-    return header, cell
+    def column(metric: Metric) -> Column:
+        return metric.header, lambda row: metric.text(found[row.name].get(metric.name))
+
+    return [column(metric_of(name)) for name in dict.fromkeys(order)]
 
 
-_SPEED: list[_Column] = [
+SPEED: list[Column] = [
     _time_column("first\nms", lambda t: t.first),
     _time_column("mean\nms", lambda t: t.mean),
     _time_column("std\nms", lambda t: t.std),
@@ -157,45 +188,40 @@ _SPEED: list[_Column] = [
     ("speed-up over\nfloat (p10-p90)", lambda row: _spread(row.speedup)),
     ("over torch int8\n(p10-p90)", lambda row: _spread(row.speedup_over_torch)),
 ]
-_SIZE: list[_Column] = [
+SIZE: list[Column] = [
     ("weights\nMB", lambda row: _text(row.weight_bytes, ".3f", 1e-6)),
     ("file\nMB", lambda row: _text(row.file_bytes, ".3f", 1e-6)),
     ("call\nMB", lambda row: _text(row.memory_growth_bytes, ".1f", 1e-6)),
-]
-_QUALITY: list[_Column] = [
-    _quality_column("SQNR\ndB", "sqnr_db", ".1f"),
-    _quality_column("cosine", "cosine", ".5f"),
-    _quality_column("max abs\nerror", "max_abs_error", ".3g"),
-    _quality_column("top-1\n%", "top1_agreement", ".1f", 100),
-    _quality_column("top-5\n%", "top5_agreement", ".1f", 100),
-    _quality_column("KL\nnats", "kl_divergence", ".2g"),
-    _quality_column("prob.\nshift", "probability_shift", ".2g"),
 ]
 
 
 def _render(result: Comparison) -> str:
     """Tables of at most 120 columns: all in one if it fits, else speed and size, then quality."""
-    measured = [c for c in _QUALITY if any(c[1](row) != "-" for row in result.rows)]
-    tables: list[list[_Column]] = []
-    for group in (_SPEED, _SIZE, measured):
+    tables: list[list[Column]] = []
+    for group in (SPEED, SIZE, quality_columns(result)):
         if tables and _width(_table(result, [*tables[-1], *group])) <= _WIDTH:
             tables[-1] = [*tables[-1], *group]
         else:
             tables.append(list(group))
-    notes = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
-    timed = next(row.timing for row in result.rows if row.timing is not None)
-    notes += [f"torch {result.torch_version}, {timed.rounds} rounds, {result.batches} batch(es)."]
-    notes += ["call MB: resident memory that a warm call takes on top of the loaded models."]
-    for row in result.rows:
-        if row.quality is not None and row.quality.nonfinite_output:
-            count, total = row.quality.nonfinite_output, row.quality.elements
-            notes.append(f"{row.name}: {count} of {total} outputs are NaN or infinite.")
     return "\n\n".join(
-        [result.title, *(_table(result, columns) for columns in tables), "\n".join(notes)]
+        [result.title, *(_table(result, columns) for columns in tables), "\n".join(notes(result))]
     )
 
 
-def _table(result: Comparison, columns: Sequence[_Column]) -> str:
+def notes(result: Comparison) -> list[str]:
+    """What the tables do not say: engines, failures, rounds, NaN."""
+    found = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
+    timed = next(row.timing for row in result.rows if row.timing is not None)
+    found += [f"torch {result.torch_version}, {timed.rounds} rounds, {result.batches} batch(es)."]
+    found += ["call MB: resident memory that a warm call takes on top of the loaded models."]
+    for row in result.rows:
+        if row.quality is not None and row.quality.nonfinite_output:
+            count, total = row.quality.nonfinite_output, row.quality.elements
+            found.append(f"{row.name}: {count} of {total} outputs are NaN or infinite.")
+    return found
+
+
+def _table(result: Comparison, columns: Sequence[Column]) -> str:
     cells = [[row.name, *(cell(row) for _, cell in columns)] for row in result.rows]
     headers = ["", *(header for header, _ in columns)]
     align = ("left", *("right" for _ in columns))

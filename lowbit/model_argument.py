@@ -125,6 +125,18 @@ def read_inputs(path: Path, option: str = "--inputs") -> tuple[Any, str]:
         raise CommandError(f"{path} cannot be read: {one_line(error)}") from error
 
 
+def read_labels(path: Path) -> list[str]:
+    """Names of classes, one a line, in the order of the outputs.
+
+    Raises:
+        CommandError: the file does not exist or is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} cannot be read: {one_line(error)}") from error
+
+
 def _read(path: Path) -> Any:
     if path.suffix == ".npy":
         import numpy as np

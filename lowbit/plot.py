@@ -60,8 +60,10 @@ def plot(comparison: Comparison, path: str | Path) -> None:
 def _point(row: Row) -> tuple[float, float] | None:
     if row.kind == "float" or row.speedup is None or row.quality is None:
         return None
-    point = row.quality.sqnr_db, row.speedup.median
-    return point if all(math.isfinite(value) for value in point) else None
+    sqnr_db, speedup = row.quality.sqnr_db, row.speedup.median
+    if sqnr_db is None or not (math.isfinite(sqnr_db) and math.isfinite(speedup)):
+        return None
+    return sqnr_db, speedup
 
 
 def _megabytes(row: Row) -> str:

@@ -16,20 +16,21 @@ and for a classification, per row, with p = softmax(r), q = softmax(o) and c = a
     probability shift = mean |p[c] - q[c]|
 
 Nothing is left out: one NaN or Inf in either output makes the figures that it enters NaN or
-infinite, and its elements are counted.
+infinite, and its elements are counted. What other tasks measure is in `lowbit.tasks`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-TASKS = ("classification", "other")
+from lowbit import tasks
+from lowbit.tasks.outputs import named_tensors
+from lowbit.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Quality:
     """Agreement of a candidate's outputs with the reference's (formulas: see the module).
 
     Attributes:
-        sqnr_db: signal to quantization noise ratio, dB; inf where the outputs are equal.
+        sqnr_db: signal to quantization noise ratio, dB; inf where the outputs are equal. None,
+            like the next two, where elements cannot be compared one by one (detections).
         cosine: cosine of the angle between all outputs, -1..1; NaN where either is all zero.
         max_abs_error: largest absolute difference of two elements, in the outputs' unit.
         elements: number of elements compared.
@@ -51,11 +53,12 @@ class Quality:
         kl_divergence: mean over the rows, nats.
         probability_shift: mean absolute change of the probability of the reference's top-1 class,
             0..1.
+        metrics: the figures of another task (`lowbit.tasks`), or of a function, by name.
     """
 
-    sqnr_db: float
-    cosine: float
-    max_abs_error: float
+    sqnr_db: float | None
+    cosine: float | None
+    max_abs_error: float | None
     elements: int
     nonfinite_reference: int = 0
     nonfinite_output: int = 0
@@ -64,10 +67,16 @@ class Quality:
     top5_agreement: float | None = None
     kl_divergence: float | None = None
     probability_shift: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
-        return dataclasses.asdict(self)
+        return {**vars(self), "metrics": dict(self.metrics)}
+
+    def figures(self) -> dict[str, float]:
+        """Every figure that is there by its name in `lowbit.tasks.METRICS`, or a function's."""
+        own = {name: getattr(self, name) for name in tasks.METRICS if hasattr(self, name)}
+        return {name: value for name, value in own.items() if value is not None} | {**self.metrics}
 
 
 def floating_tensors(output: Any) -> list[torch.Tensor]:
@@ -77,23 +86,7 @@ def floating_tensors(output: Any) -> list[torch.Tensor]:
         output: a tensor, or any nesting of mappings (Hugging Face's `ModelOutput` is one), lists,
             tuples and dataclasses. Integer tensors and other objects are passed over.
     """
-    return [tensor for _, tensor in _walk(output, "")]
-
-
-def _walk(output: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The floating tensors with the key or field name that is nearest to each."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _walk(value, str(key))
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _walk(value, name)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _walk(getattr(output, field.name), field.name)
+    return [tensor for _, tensor in named_tensors(output)]
 
 
 class QualityMeter:
@@ -103,15 +96,19 @@ class QualityMeter:
         task: "classification": the output named `logits`, or else the only floating tensor, holds
             scores whose last axis is the classes; all other axes count as rows. "other": no
             classification figures. None: a classification if that tensor is [B, C] with C >= 2.
+            Anything else as in `lowbit.tasks`.
 
     Raises:
         ValueError: unknown task.
+        TypeError: neither a name, a function nor a Task.
     """
 
-    def __init__(self, task: str | None = None) -> None:
-        if task is not None and task not in TASKS:
-            raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, or None")
-        self._task = task
+    def __init__(self, task: object = None) -> None:
+        found = tasks.find(task)
+        self._meter = found.meter() if isinstance(found, Task) else None
+        self._elementwise = found.elementwise if isinstance(found, Task) else True
+        self._task = "other" if isinstance(found, Task) else found
+        self._batches = 0
         self._signal = self._noise = self._dot = self._power = 0.0
         self._max_error = torch.zeros((), dtype=torch.float64)
         self._elements = self._nonfinite_reference = self._nonfinite_output = 0
@@ -119,19 +116,27 @@ class QualityMeter:
         self._kl = self._shift = 0.0
         self._classes = 0
 
-    def update(self, reference: Any, output: Any) -> None:
+    def update(self, reference: Any, output: Any, batch: Any = None) -> None:
         """Adds one batch.
 
         Args:
             reference: what the float model returned.
             output: what the candidate returned for the same input: same structure and shapes, any
                 floating dtype.
+            batch: the input, for tasks that look at it (tokens of a text, a function's labels).
 
         Raises:
-            ValueError: the outputs differ in structure or shape, hold no floating tensor, or are no
-                classification although `task` (or the first batch) says so.
+            ValueError: the outputs differ in structure or shape, hold no floating tensor, or are
+                not what `task` (or, for a classification, the first batch) says.
         """
-        expected, actual = list(_walk(reference, "")), list(_walk(output, ""))
+        if self._elementwise:
+            self._add_output(reference, output)
+        if self._meter is not None:
+            self._meter.update(reference, output, batch)
+        self._batches += 1
+
+    def _add_output(self, reference: Any, output: Any) -> None:
+        expected, actual = list(named_tensors(reference)), list(named_tensors(output))
         if not expected:
             kind = type(reference).__name__
             raise ValueError(f"the reference output ({kind}) holds no floating-point tensor")
@@ -201,13 +206,13 @@ class QualityMeter:
         Raises:
             ValueError: nothing was added.
         """
-        if self._elements == 0:
+        if self._batches == 0 or (self._elementwise and self._elements == 0):
             raise ValueError("no outputs were compared")
-        rows = self._rows
+        rows, seen = self._rows, self._elementwise
         return Quality(
-            sqnr_db=_sqnr_db(self._signal, self._noise),
-            cosine=_cosine(self._dot, self._signal, self._power),
-            max_abs_error=float(self._max_error),
+            sqnr_db=_sqnr_db(self._signal, self._noise) if seen else None,
+            cosine=_cosine(self._dot, self._signal, self._power) if seen else None,
+            max_abs_error=float(self._max_error) if seen else None,
             elements=self._elements,
             nonfinite_reference=self._nonfinite_reference,
             nonfinite_output=self._nonfinite_output,
@@ -216,13 +221,14 @@ class QualityMeter:
             top5_agreement=self._top5 / rows if rows and self._classes > 5 else None,
             kl_divergence=self._kl / rows if rows else None,
             probability_shift=self._shift / rows if rows else None,
+            metrics={} if self._meter is None else self._meter.result(),
         )
 
 
-def measure(reference: Any, output: Any, task: str | None = None) -> Quality:
+def measure(reference: Any, output: Any, task: object = None, batch: Any = None) -> Quality:
     """Quality of one batch of outputs: `QualityMeter` for a single update."""
     meter = QualityMeter(task)
-    meter.update(reference, output)
+    meter.update(reference, output, batch)
     return meter.result()
 
 

@@ -46,6 +46,13 @@ def keywords():
     return Two()
 
 
+def pictures():
+    return nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+pictures.example_inputs = torch.ones(2, 3, 12, 12)
+
+
 def fails():
     raise RuntimeError("no weights\\nhere")
 
@@ -129,7 +136,7 @@ def test_version(run):
     assert out == f"lowbit {lowbit.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "compare", "convert", "bench"])
+@pytest.mark.parametrize("command", ["demo", "info", "compare", "report", "convert", "bench"])
 def test_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -246,6 +253,50 @@ def test_compare_plots(run, folder):
     code, _, err = run(*COMPARE, "models:mlp", "--plot", "plot.png")
     assert code == 0, err
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "command", [("compare", "--html", "page.html"), ("report", "-o", "page.html"), ("report",)]
+)
+def test_pages(run, run_json, folder, command):
+    name, *options = command
+    path = folder / (options[-1] if options else "report.html")
+    arguments = (name, *COMPARE[1:], "models:mlp", "--schemes", "w8a8", *options)
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert out.rstrip().endswith(f"wrote {path.name} ({path.stat().st_size / 1e6:.2f} MB)")
+    text = path.read_text(encoding="utf-8")
+    assert " ".join(["lowbit", *map(str, arguments)]) in text
+    assert "inputs: the model&#39;s example_inputs" in text
+    data = run_json(*arguments)
+    assert (data["html"], data["html_bytes"]) == (path.name, path.stat().st_size)
+    assert data["details"]["layers"]["w8a8"][0]["weight_db"] > 30
+
+
+def test_labels_name_the_classes(run, folder):
+    (folder / "labels.txt").write_text("\n".join(f"label {i}" for i in range(7)), encoding="utf-8")
+    arguments = ("report", *COMPARE[1:], "models:pictures", "--labels", "labels.txt")
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    assert "<strong>label " in (folder / "report.html").read_text(encoding="utf-8")
+    (folder / "labels.txt").write_bytes(b"\xff\xfe\xfa")
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert "labels.txt cannot be read" in err
+
+
+@pytest.mark.parametrize("command", [("demo", "--html"), ("compare", "models:mlp", "--html")])
+def test_pages_need_packages_and_a_place_before_the_work(run, folder, monkeypatch, command):
+    code, _, err = run(*command, folder / "none" / "x.html")
+    assert code == 2
+    assert "there is no directory" in err
+    code, _, err = run(*command, folder)
+    assert code == 2
+    assert "is a directory" in err
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, _, err = run(*command, folder / "x.html")
+    assert code == 1
+    assert "pip install 'lowbit[report]'" in err
 
 
 def test_convert_writes_what_quantize_makes(run, folder):

@@ -126,6 +126,19 @@ def test_whole_demo(monkeypatch):
     assert data["reports"]["w8a8"]["converted"] == 50
 
 
+def test_the_demo_has_a_page(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_run, "PHOTOS", PHOTOS[:1])
+    monkeypatch.setattr(demo_run, "SCHEMES", ("w8a8",))
+    demo = demo_run.run(budget_seconds=0.01, details=True)
+    path = tmp_path / "demo.html"
+    demo.comparison.save_html(path)
+    text = path.read_text(encoding="utf-8")
+    assert "<strong>espresso</strong>" in text
+    assert "_blocks.<wbr>0.<wbr>_depthwise_<wbr>conv" in text
+    assert len(demo.comparison.details.layers["w8a8"]) == 50
+    assert 50_000 < len(text) < 1_000_000
+
+
 def test_prediction_tables_fit_and_mark_differences():
     photos = ["one", "two", "three"]
     predictions = {

@@ -8,6 +8,7 @@
 #define LOWBIT_WIDE_COLUMNS
 #include "avx2.inl"
 
+constexpr int kGroupSums = 0;
 constexpr int kMr = 48, kPanels = 4, kTallMr = kMr, kTallPanels = kPanels;  // cut up further
 
 inline Reg multiply_bytes(Reg u, Reg a) { return _mm256_maddubs_epi16(u, a); }

@@ -7,7 +7,7 @@
 using Reg = __m512i;
 // 24 accumulators + 4 (2) weights + 1 activation
 constexpr int kRegs = 1, kMr = 6, kPanels = 4, kTallMr = 12, kTallPanels = 2;
-constexpr int kChainSums = 16, kTightSums = 0;
+constexpr int kChainSums = 16, kTightSums = 0, kGroupSums = 12;
 constexpr bool kMaskInPlace = true;
 
 inline Reg zero() { return _mm512_setzero_si512(); }

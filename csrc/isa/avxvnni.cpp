@@ -8,6 +8,7 @@
 #include "avx2.inl"
 
 // 12 accumulators + 2 weights + 1 activation
+constexpr int kGroupSums = 2;
 constexpr int kMr = 6, kPanels = 1, kTallMr = kMr, kTallPanels = 1;
 constexpr int kChainSums = 12, kTightSums = 10;
 constexpr bool kMaskInPlace = true;

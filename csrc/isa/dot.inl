@@ -53,7 +53,18 @@ struct Chains {
 
   Reg sums[C][MR][V];
 
-  LOWBIT_INLINE Chains() { LOWBIT_UNROLL for (int c = 0; c < C; ++c) clear(sums[c]); }
+  // The first chain starts at `offset`, but where its sum is shifted at the end.
+  explicit LOWBIT_INLINE Chains(const Reg (&offset)[MR][V]) {
+    LOWBIT_UNROLL for (int c = 0; c < C; ++c) clear(sums[c]);
+    if constexpr (!kInPlace)
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+          sums[0][r][v] = offset[r][v];
+  }
+
+  LOWBIT_INLINE void total(Reg (&out)[MR][V]) const {
+    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) out[r][v] =
+        kInPlace ? add(out[r][v], chain<0>(r, v)) : chain<0>(r, v);
+  }
 
   template <int Step, int Field = 0, class Load>
   LOWBIT_INLINE void add_step(const Reg (&x)[V], Load load_again, const int8_t* a,
@@ -77,11 +88,12 @@ struct Chains {
     }
   }
 
-  template <int First = 0>
-  LOWBIT_INLINE Reg total(int r, int v) const {
+  // The sum of chains `First` and behind.
+  template <int First>
+  LOWBIT_INLINE Reg chain(int r, int v) const {
     Reg sum = sums[First][r][v];
     if constexpr (kInPlace) sum = shift_left<S>(shift_right<B*(First % kPlaces)>(sum));
-    if constexpr (First + 1 < C) sum = add(sum, total<First + 1>(r, v));
+    if constexpr (First + 1 < C) sum = add(sum, chain<First + 1>(r, v));
     return sum;
   }
 };
@@ -102,7 +114,7 @@ struct Dot {
       const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
       const int64_t end = first + steps;
       const int fetch = t.fetch;
-      Sums sums;
+      Sums sums(out);
       const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
         Reg x[V];
         load_panels<NP>(w, stride, ahead, fetch, s, x);
@@ -122,8 +134,7 @@ struct Dot {
       }
       if constexpr (Sums::U > 1)
         for (; s < end; ++s) step(s, IntConstant<0>{});
-      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
-          out[r][v] = add(out[r][v], sums.total(r, v));
+      sums.total(out);
     });
   }
 };

@@ -116,10 +116,50 @@ LOWBIT_INLINE void fetch_output(const Tile& t, int panel) {
     LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs) __builtin_prefetch(y + v * kLanes, 1);
 }
 
+template <int MR, int V>
+LOWBIT_INLINE void start_at_offset(const Tile& t, int64_t group, Reg (&sum)[MR][V]) {
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
+    const Reg o = broadcast(reinterpret_cast<const int8_t*>(t.offset + r * t.offset_pitch + group));
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = o;
+  }
+}
+
+// Groups without zero points, combined in registers; rows of `Planes` make one.
+template <int Planes, int MR, int V, class Loop>
+LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Loop loop) {
+  constexpr int R = MR / Planes;
+  FloatReg f[R][V];
+  LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) f[r][v] =
+      float_splat(0.0f);
+  const float* scale = t.group_scale + panel * kPanel;
+  int64_t first = 0;
+  for (int64_t g = 0; g < t.groups; ++g, first += t.group_steps, scale += kNr) {
+    const int64_t rest = t.steps - first;
+    Reg sum[MR][V];
+    start_at_offset(t, g, sum);
+    loop(first, rest < t.group_steps ? rest : t.group_steps, sum);
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+      const FloatReg s = float_load(scale + v * kLanes);
+      LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
+        Reg total = sum[r * Planes][v];
+        if constexpr (Planes == 2) total = add(shift_left<8>(total), sum[r * Planes + 1][v]);
+        f[r][v] = fmadd(s, to_float(total), f[r][v]);
+      }
+    }
+  }
+  finish_tile<R, V>(t, panel, [&](int r, int v) { return f[r][v]; });
+}
+
 // loop(first, steps, sums) adds a group's products to sums, which start at the offset.
 template <int MR, int V, class Loop>
 LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
   if (!t.sums && !t.requantize) fetch_output<MR, V>(t, panel);
+  if constexpr (MR * V <= kGroupSums) {
+    if (t.group_scale && !t.group_zero && !t.sums) {
+      if (t.planes == 1) return combine_groups<1, MR, V>(t, panel, loop);
+      if constexpr (MR % 2 == 0) return combine_groups<2, MR, V>(t, panel, loop);
+    }
+  }
   alignas(kVectorBytes) float room[MR * V * kLanes];
   // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
   float* f = room;
@@ -127,10 +167,7 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
   for (int64_t g = 0; g < t.groups; ++g) {
     const int64_t first = g * t.group_steps, rest = t.steps - first;
     Reg sum[MR][V];
-    LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
-      const Reg o = broadcast(reinterpret_cast<const int8_t*>(t.offset + r * t.offset_pitch + g));
-      LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = o;
-    }
+    start_at_offset(t, g, sum);
     loop(first, rest < t.group_steps ? rest : t.group_steps, sum);
     if (t.sums) {
       LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)

@@ -5,6 +5,7 @@
 //   FloatReg                the same of float32
 //   kMr, kPanels            the tile where there are several: kMr rows x kPanels panels of 16
 //   kTallMr, kTallPanels    a tall one, for few rows: weights are read once
+//   kGroupSums              so many registers of sums leave as many for outputs from group to group
 //   zero() load(p) store(p, v) bytes(x) opaque(v)
 //   broadcast(p)            4 bytes to every lane
 //   unpack<B, P, S, Tight>(v) bit field P (B bits wide) of every byte, moved to bit S; Tight: no

@@ -8,6 +8,7 @@
 
 using Reg = int32x4_t;
 // Tiles are cut up further, by lane_dot.inl, matrix_dot.inl or long_dot.inl.
+constexpr int kGroupSums = 0;
 constexpr int kRegs = 4, kMr = 48, kPanels = 4, kTallMr = kMr, kTallPanels = kPanels;
 
 inline Reg zero() { return vdupq_n_s32(0); }

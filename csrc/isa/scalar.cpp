@@ -6,6 +6,7 @@
 struct Reg {
   uint32_t lane[16];
 };
+constexpr int kGroupSums = 0;
 constexpr int kRegs = 1, kMr = 4, kPanels = 1, kTallMr = kMr, kTallPanels = 1, kChainSums = 1,
               kTightSums = 0;
 constexpr bool kMaskInPlace = false;

@@ -15,6 +15,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kNr,
     kTallMr,
     kTallPanels* kPanel,
+    kGroupSums / (kTallPanels * kRegs) / 2 * 2,
     room,
     {
 #define X(name, bits, mul, add) Dot<bits, traits(Format::name).shift()>::run,

@@ -1,4 +1,4 @@
-"""What the network gets: a smooth ramp and photographs, as a camera's mosaic."""
+"""What the network gets: smooth scenes and photographs, as a camera's mosaic."""
 
 from __future__ import annotations
 
@@ -10,16 +10,36 @@ import torch
 PHOTOS = {"astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
 """Photographs that scikit-image ships inside its package, by name."""
 
-LOW, HIGH = 0.30, 0.50  # the ramp's: a sky, in 0..1
+WHITE = 1.0
+"""Of the patch in the smooth scenes: one bright spot decides the scale of all activations."""
 
 
-def ramp(height: int, width: int, low: float = LOW, high: float = HIGH) -> torch.Tensor:
-    """A grey ramp from left to right.
+def ramp(side: int, low: float = 0.30, high: float = 0.36) -> torch.Tensor:
+    """A grey ramp from left to right, equal in all rows.
 
     Returns:
-        float32 `[3, height, width]` in low..high, equal in all rows and channels.
+        float32 `[3, side, side]` in low..high.
     """
-    return torch.linspace(low, high, width).expand(3, height, width).contiguous()
+    return torch.linspace(low, high, side).expand(3, side, side).contiguous()
+
+
+def sky(side: int, low: float = 0.20, high: float = 0.35) -> torch.Tensor:
+    """A bluish glow that fades evenly with the distance from the upper left corner.
+
+    Returns:
+        float32 `[3, side, side]`, the blue channel in low..high.
+    """
+    axis = torch.linspace(0, 1, side)
+    distance = torch.hypot(axis[:, None], axis) / 2**0.5
+    tint = torch.tensor([0.8, 0.9, 1.0])
+    return tint[:, None, None] * torch.lerp(torch.tensor(high), torch.tensor(low), distance)
+
+
+def with_patch(image: torch.Tensor, at: int, size: int) -> torch.Tensor:
+    """The image with a white square, `at` pixels from the upper left corner on both axes."""
+    patched = image.clone()
+    patched[..., at : at + size, at : at + size] = WHITE
+    return patched
 
 
 def photo(name: str, side: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from lowbit.compare import compare
 from lowbit.convert import quantize
 from lowbit.demo.network import load_model, predict
-from lowbit.demo.photographs import PHOTOS, load_views
+from lowbit.demo.photographs import PHOTOS, class_names, load_views
 from lowbit.demo.result import Demo
 from lowbit.demo.schemes import MIXED, MIXED_OVERRIDES, MIXED_SCHEME, SCHEMES
 from lowbit.report import summary
@@ -18,11 +18,14 @@ from lowbit.report import summary
 Progress = Callable[[str, float], None]
 
 
-def run(budget_seconds: float = 12.0, progress: Progress | None = None) -> Demo:
+def run(
+    budget_seconds: float = 12.0, details: bool = False, progress: Progress | None = None
+) -> Demo:
     """Converts the network to every scheme of `SCHEMES`, and compares.
 
     Args:
         budget_seconds: for the timing of the comparison.
+        details: whether the comparison has what its `save_html` shows beyond the tables.
         progress: called with the stage and the share of it that is done.
 
     Raises:
@@ -46,6 +49,8 @@ def run(budget_seconds: float = 12.0, progress: Progress | None = None) -> Demo:
         batches(views),
         budget_seconds=budget_seconds,
         task="classification",
+        details=details,
+        labels=class_names(),
         progress=say,
     )
     reports = {name: summary(side) for name, side in candidates.items()}

@@ -271,9 +271,10 @@ TEST_CASE("activations of -128") {
           for (int8_t& x : a) x = static_cast<int8_t>(draw.one_in(2) ? -128 : 127);
         const std::vector<int32_t> offset(static_cast<size_t>(rows), 5);
         std::vector<int32_t> sums(static_cast<size_t>(rows * k.nr));
-        for (int first = 0; first < rows; first += k.mr) {
+        for (int first = 0; first < rows; first += k.tall_mr) {
           Tile t{};
-          t.rows = rows - first < k.mr ? rows - first : k.mr;
+          t.rows = rows - first < k.tall_mr ? rows - first : k.tall_mr;
+          t.tall = true;
           t.panels = 1;
           t.codes = a.data() + first * depth;
           t.pitch = depth;

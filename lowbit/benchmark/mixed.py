@@ -1,0 +1,178 @@
+"""Mixed schemes that `lowbit.search` finds against uniform ones of the same bytes.
+
+EfficientNet-Lite0 over crops of photographs. Quantizers learn from one half of the crops to
+calibrate with, the search looks at the other half, and what it finds is judged on crops of other
+photographs (`lowbit.benchmark.quality.photographs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from lowbit.baselines import run as run_model
+from lowbit.baselines import weight_bytes
+from lowbit.benchmark.quality import photographs
+from lowbit.mixed.journal import Journal, fingerprint
+from lowbit.mixed.layers import Conversion
+from lowbit.mixed.search import search_many
+from lowbit.quality import Quality, QualityMeter
+from lowbit.schemes import Scheme
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        schemes: uniform ones, which are also what the search may choose from; the first is the one
+            whose half the target is about.
+        batches: of 8 crops, that the search looks at.
+        test_batches: of 8 crops, that the results are judged on.
+        rounds: of refinement.
+        quantize: further arguments of `lowbit.quantize`.
+    """
+
+    schemes: tuple[str, ...] = ("w8a8", "w4a8-descent", "w4a8-g32-descent", "w2a8-g32-descent")
+    batches: int = 5
+    test_batches: int = 30
+    rounds: int = 1
+    quantize: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model.
+
+    Attributes:
+        name: a scheme, or what was searched for.
+        bytes: parameters and buffers.
+        quality: on the crops to judge by.
+        mixed: whether it was searched for.
+        layers: how many layers have each scheme.
+    """
+
+    name: str
+    bytes: int
+    quality: Quality
+    mixed: bool
+    layers: Mapping[str, int]
+
+
+def run(options: Options, folder: Path, progress: Progress) -> list[Line]:
+    """Measures everything; goes on from what lies in `folder`."""
+    model = photographs.load()
+    crops = photographs.calibration()
+    learn, look = crops[0::2], crops[1::2][: options.batches]
+    tests = photographs.tests()
+    tests = tests[:: max(1, len(tests) // options.test_batches)]
+    conversion = Conversion(calibration=learn, options=dict(options.quantize or {}))
+    header = {"model": fingerprint(model), "options": repr(options)}
+    journal = Journal(folder / "judged.jsonl", header)
+    with torch.inference_mode():
+        wanted = [run_model(model, x) for x in tests]
+
+    def judged(copy: nn.Module) -> dict[str, Any]:
+        meter = QualityMeter("classification")
+        with torch.inference_mode():
+            for reference, x in zip(wanted, tests, strict=True):
+                meter.update(reference, run_model(copy, x), x)
+        return {"bytes": weight_bytes(copy), "quality": meter.result().to_dict()}
+
+    lines = []
+    for name in options.schemes:
+        progress(name, 0.0)
+        scheme = Scheme.parse(name)
+        entry = journal.get(name, lambda scheme=scheme: judged(conversion.quantize(model, scheme)))
+        lines.append(Line(name, entry["bytes"], Quality(**entry["quality"]), False, {}))
+    half = lines[0].bytes // 2
+    limits = sorted({half, *(line.bytes for line in lines)})
+    missing = [limit for limit in limits if f"{limit} bytes" not in journal]
+    if missing:
+        results = search_many(
+            model,
+            look,
+            missing,
+            options.schemes,
+            task="classification",
+            rounds=options.rounds,
+            front=0,
+            calibration=learn,
+            options=options.quantize,
+            resume=folder / "search.jsonl",
+            progress=progress,
+        )
+        for limit, found in zip(missing, results, strict=True):
+            copy = conversion.quantize(model, None, found.overrides)
+            entry = judged(copy) | {"schemes": found.overrides}
+            journal.get(f"{limit} bytes", lambda entry=entry: entry)
+    for limit in limits:
+        entry = journal.get(f"{limit} bytes", dict)
+        chosen = [scheme or "float" for scheme in entry["schemes"].values()]
+        counts = {scheme: chosen.count(scheme) for scheme in dict.fromkeys(sorted(chosen))}
+        same = ", ".join(line.name for line in lines if line.bytes == limit)
+        name = f"as {same}" if same else f"half of {options.schemes[0]}"
+        lines.append(Line(name, entry["bytes"], Quality(**entry["quality"]), True, counts))
+    return lines
+
+
+def page(lines: Sequence[Line], command: str, target: float = 0.93) -> str:
+    """The table in Markdown, smallest first, and what it says of the target."""
+    cells = [
+        [
+            "mixed" if line.mixed else "uniform",
+            line.name,
+            f"{line.bytes:,}",
+            _share(line.quality.top1_agreement),
+            f"{line.quality.kl_divergence:.3g}",
+            f"{line.quality.sqnr_db:.1f}",
+            ", ".join(f"{count} {name}" for name, count in line.layers.items()),
+        ]
+        for line in sorted(lines, key=lambda line: (line.bytes, line.mixed))
+    ]
+    headers = ["", "scheme", "bytes", "top-1 agreement, %", "KL, nats", "SQNR, dB", "layers"]
+    align = ("left", "left", "right", "right", "right", "right", "left")
+    table = tabulate(cells, headers, "github", colalign=align, disable_numparse=True)
+    half = next(line for line in lines if line.mixed and line.name.startswith("half"))
+    agreement = half.quality.top1_agreement or 0.0
+    verdict = "reached" if agreement >= target else "not reached"
+    rows = lines[0].quality.rows
+    better = []
+    for line in lines:
+        if not line.mixed:
+            rival = min(
+                (other for other in lines if other.mixed and other.bytes <= line.bytes),
+                key=lambda other: other.quality.kl_divergence or 0.0,
+                default=None,
+            )
+            if rival is not None:
+                better.append(
+                    f"{line.name} {_share(line.quality.top1_agreement)} -> "
+                    f"{_share(rival.quality.top1_agreement)} %"
+                )
+    return (
+        "\n\n".join(
+            [
+                "# Mixed schemes against uniform ones",
+                f"Written by `{command}`. EfficientNet-Lite0, {rows} crops of six photographs; the "
+                "search and the quantizers saw crops of eleven others.",
+                table,
+                f"At most the same bytes, uniform -> mixed: {'; '.join(better)}.",
+                f"Target, {_share(target)} % at half the bytes of {lines[0].name}: {verdict}, "
+                f"{_share(agreement)} % with {half.bytes:,} bytes.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,394 @@
+"""Chooses a scheme for each layer: the least loss that a budget allows.
+
+1. Each layer's damage to the output is measured, alone, at each scheme (`sensitivity`), and the
+   choice of least total damage is found exactly as a knapsack (`knapsack`), as if damages added up.
+2. They do not quite: at few bits errors are neither small nor independent. So choices are measured
+   as a whole, and around the best one every single change of a layer is measured again in its
+   context; the knapsack of these differences, with a growing price on every change, proposes the
+   next choices (`choices`). Nothing is taken on trust: only measured choices can win, and the
+   uniform ones are among them.
+3. The model is converted for good, and checked against the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import timing
+from lowbit.baselines import eval_mode, weight_bytes
+from lowbit.calibration.data import Data
+from lowbit.mixed.budget import Budget
+from lowbit.mixed.choices import Choices, Trial, make_options
+from lowbit.mixed.effects import Sensitivity
+from lowbit.mixed.found import Found, Point
+from lowbit.mixed.layers import Conversion
+from lowbit.mixed.measure import Forward, Measurer, Progress, Steps
+from lowbit.mixed.sensitivity import effects, session
+from lowbit.plan import Filter, SchemeLike
+from lowbit.quality import Quality
+from lowbit.schemes import Scheme
+from lowbit.timing import Ratio
+
+SCHEMES = ("w8a8", "w4a8", "w4a8-g32", "w2a8-g32")
+_TRIES = 6
+
+
+def search(
+    model: nn.Module,
+    data: Data,
+    budget: str | int | float | Budget,
+    schemes: Sequence[SchemeLike] | SchemeLike = SCHEMES,
+    *,
+    task: object = None,
+    allow_slower: bool = False,
+    rounds: int = 2,
+    front: int = 8,
+    seconds: float = 2.0,
+    filter_fn: Filter | None = None,
+    fuse: bool = True,
+    forward_fn: Forward | None = None,
+    steps: int | None = None,
+    calibration: Data | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Finds the scheme of each layer that loses least within a budget.
+
+    Args:
+        model: the float model. Its layers are swapped while this runs; it is unchanged at the end,
+            after an error too.
+        data: batches to measure on, as for `lowbit.sensitivity`. Take others to judge the result.
+        budget: of the whole model's parameters and buffers: bytes (an int, "2.4MB"), a share of
+            the float model's ("30%") or of a scheme's ("50% of w8a8"); or of the first batch's time
+            on this machine ("3ms"); or a quality to keep at the least bytes ("20dB",
+            "top1_agreement>=0.93").
+        schemes: what a layer may become, besides staying float.
+        task: what the outputs are, see `lowbit.tasks`.
+        allow_slower: whether a layer may become slower than it is in float. By default one that
+            lowbit would slow at a scheme, measured on the layer's own input, is not given it.
+        rounds: of refinement. Each measures every other scheme of every layer once.
+        front: choices measured for the Pareto front, besides those that the search makes.
+        seconds: for timing the result against the float model.
+        filter_fn, fuse, forward_fn, steps, calibration, options, resume, progress: as for
+            `lowbit.sensitivity`.
+
+    Returns:
+        The schemes, and what they keep: `lowbit.quantize(model, None, overrides=found.overrides)`.
+        With the same arguments the same, but for what depends on times.
+
+    Raises:
+        ValueError: as `sensitivity`; the budget is none, or cannot be met: the message says what
+            can.
+    """
+    (found,) = search_many(
+        model,
+        data,
+        [budget],
+        schemes,
+        task=task,
+        allow_slower=allow_slower,
+        rounds=rounds,
+        front=front,
+        seconds=seconds,
+        filter_fn=filter_fn,
+        fuse=fuse,
+        forward_fn=forward_fn,
+        steps=steps,
+        calibration=calibration,
+        options=options,
+        resume=resume,
+        progress=progress,
+    )
+    return found
+
+
+def search_many(
+    model: nn.Module,
+    data: Data,
+    budgets: Sequence[str | int | float | Budget],
+    schemes: Sequence[SchemeLike] | SchemeLike = SCHEMES,
+    *,
+    task: object = None,
+    allow_slower: bool = False,
+    rounds: int = 2,
+    front: int = 8,
+    seconds: float = 2.0,
+    filter_fn: Filter | None = None,
+    fuse: bool = True,
+    forward_fn: Forward | None = None,
+    steps: int | None = None,
+    calibration: Data | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Found]:
+    """`search` for several budgets: what does not depend on them is done once.
+
+    Each search may use what those before it have measured, so the order matters.
+
+    Args and errors are those of `search`; `budgets` has one per result.
+    """
+    parsed = [Budget.parse(budget) for budget in budgets]
+    if rounds < 0 or front < 0:
+        raise ValueError(f"rounds and front are at least 0, not {rounds} and {front}")
+    conversion = Conversion(filter_fn, fuse, calibration, forward_fn, dict(options or {}))
+    latency = not allow_slower or any(wanted.kind == "seconds" for wanted in parsed)
+    with session(
+        model,
+        data,
+        schemes,
+        task=task,
+        conversion=conversion,
+        forward_fn=forward_fn,
+        steps=steps,
+        resume=resume,
+        progress=progress,
+    ) as (measurer, names, count):
+        for wanted in parsed:
+            if wanted.kind == "quality":  # refuses an unknown figure early
+                wanted.meets(measurer.quality({}).figures())
+        measured = effects(measurer, names, count, False, latency, progress)
+        rows, notes = make_options(measurer, measured, allow_slower)
+        changes = sum(len(row.schemes) - 1 for row in rows)
+        todo = Steps(progress, len(parsed) * (rounds * changes + 10) + len(names) + front)
+        trials: dict[tuple[int, ...], Trial] = {}
+        results = []
+        for wanted in parsed:
+            cost = "seconds" if wanted.kind == "seconds" else "bytes"
+            choices = Choices(measurer, rows, cost, todo, trials)
+            for name in names:
+                choices.measure(choices.choice_of(name), "uniform")
+            run = _Run(model, measurer, conversion, choices, rounds, seconds)
+            final = run.meet(wanted, bool(notes))
+            choices.along(front)
+            uniform = [
+                run.uniform(name, final.float_seconds if latency else None, measured)
+                for name in names
+            ]
+            overrides = measurer.bench.overrides(choices.assignment(final.choice))
+            found = Found(
+                model=type(model).__name__,
+                budget=str(wanted),
+                objective=measurer.objective,
+                overrides=overrides,
+                notes={name: note for name, note in notes.items() if overrides[name] is None},
+                float_bytes=measurer.bench.bytes({}),
+                bytes=final.bytes,
+                quality=final.quality,
+                float_seconds=final.float_seconds,
+                seconds=final.seconds,
+                speedup=final.speedup,
+                uniform=tuple(uniform),
+                front=run.front(cost, latency, final.float_seconds, names),
+                threads=torch.get_num_threads(),
+                measured=len(trials),
+            )
+            results.append(found)
+        return results
+
+
+@dataclass(frozen=True)
+class _Final:
+    """A choice, converted for good and measured."""
+
+    choice: tuple[int, ...]
+    bytes: int
+    quality: Quality
+    float_seconds: float
+    seconds: float
+    speedup: Ratio
+
+
+class _Run:
+    """One search, by the kind of its budget."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        measurer: Measurer,
+        conversion: Conversion,
+        choices: Choices,
+        rounds: int,
+        seconds: float,
+    ) -> None:
+        self._model, self._measurer, self._conversion = model, measurer, conversion
+        self._choices, self._rounds, self._seconds = choices, rounds, seconds
+        self._float_bytes = measurer.bench.bytes({})
+
+    def meet(self, wanted: Budget, some_slower: bool) -> _Final:
+        """The best choice that keeps to the budget.
+
+        Raises:
+            ValueError: none does.
+        """
+        if wanted.kind == "quality":
+            return self.floor(wanted)
+        if wanted.kind == "seconds":
+            return self.within_seconds(wanted.value)
+        return self.within_bytes(self.bytes_of(wanted), some_slower)
+
+    def uniform(self, name: str, float_seconds: float | None, measured: Sensitivity) -> Point:
+        """One scheme for every layer that it converts, slower ones too."""
+        assignment = self._measurer.bench.uniform(name)
+        quality = self._measurer.quality(assignment)
+        size = self._measurer.bench.bytes(assignment)
+        seconds = float_seconds
+        if seconds is not None:
+            for layer in measured.layers:
+                if name in layer.schemes:
+                    seconds += layer.schemes[name].seconds or 0.0
+                    seconds -= layer.float_seconds or 0.0
+        return Point(name, assignment, size, seconds, quality)
+
+    def bytes_of(self, budget: Budget) -> float:
+        """The limit in bytes."""
+        if budget.of is None:
+            return budget.value
+        if budget.of == "float":
+            return budget.value * self._float_bytes
+        bench = self._measurer.bench
+        if any(budget.of in layer.versions for layer in bench.layers):
+            return budget.value * bench.bytes(bench.uniform(budget.of))
+        # How weights are rounded does not change their bytes, but may need data.
+        scheme = dataclasses.replace(Scheme.parse(budget.of), quantizer=None)
+        return budget.value * weight_bytes(
+            Conversion(self._conversion.filter_fn, self._conversion.fuse).quantize(
+                self._model_in_float(), scheme
+            )
+        )
+
+    def within_bytes(self, limit: float, some_slower: bool) -> _Final:
+        """The least damage of at most `limit` bytes."""
+        allowed = limit
+        for attempt in range(_TRIES):
+            room = allowed - self._float_bytes
+            if room < self._choices.least_cost - 0.5:
+                break
+            best = self._least_damage(room, allowed, self._rounds if attempt == 0 else 0)
+            if best is None:
+                break
+            final = self._convert(best)
+            if final.bytes <= limit:
+                return final
+            allowed -= final.bytes - limit
+        least = self._float_bytes + self._choices.least_cost
+        hint = "; layers that would be slower stay float, allow them with allow_slower=True"
+        raise ValueError(
+            f"a budget of {limit / 1e6:.3f} MB cannot be met: with these schemes the model has at "
+            f"least {least / 1e6:.3f} MB{hint if some_slower else ''}"
+        )
+
+    def _least_damage(self, room: float, max_bytes: float, rounds: int) -> Trial | None:
+        def best() -> Trial | None:
+            return self._choices.least_damage(room, max_bytes)
+
+        def propose() -> None:
+            self._choices.propose_within(room)
+
+        propose()
+        for _ in range(rounds):
+            before = best()
+            self._choices.refine(best, propose)
+            if best() is before:
+                break
+        return best()
+
+    def within_seconds(self, limit: float) -> _Final:
+        """The least damage that takes at most `limit` seconds for the first batch."""
+        allowed, fastest = limit, math.inf
+        float_seconds = self._measurer.time_models([self._model_in_float()], self._seconds)[0].p50
+        for attempt in range(_TRIES):
+            room = max(allowed - float_seconds, self._choices.least_cost)
+            best = self._least_damage(room, math.inf, self._rounds if attempt == 0 else 0)
+            assert best is not None  # the cheapest choice costs no more than that
+            final = self._convert(best)
+            fastest = min(fastest, final.seconds)
+            if final.seconds <= limit:
+                return final
+            if room == self._choices.least_cost and attempt > 1:
+                break
+            allowed -= 1.2 * (final.seconds - limit)
+        raise ValueError(
+            f"a budget of {limit * 1e3:.3f} ms cannot be met: the fastest choice of these schemes "
+            f"took {fastest * 1e3:.3f} ms on this machine, the float model "
+            f"{float_seconds * 1e3:.3f} ms"
+        )
+
+    def floor(self, wanted: Budget) -> _Final:
+        """The least bytes that keep to a quality."""
+
+        def best() -> Trial | None:
+            return self._choices.cheapest(wanted, refused)
+
+        def propose() -> None:
+            self._choices.propose_above(wanted)
+
+        refused: list[tuple[int, ...]] = []
+        self._choices.measure([0] * len(self._measurer.bench.layers), "float")
+        propose()
+        for _ in range(self._rounds):
+            before = best()
+            self._choices.refine(best, propose)
+            if best() is before:
+                break
+        for _ in range(_TRIES):
+            trial = best()
+            if trial is None:
+                break
+            final = self._convert(trial)
+            # Layers that learn from data come out otherwise among other layers.
+            if wanted.meets(final.quality.figures()):
+                return final
+            refused.append(trial.choice)
+        raise ValueError(f"no choice of these schemes keeps {wanted}; float32 may not either")
+
+    def _model_in_float(self) -> nn.Module:
+        self._measurer.bench.set({})
+        return self._model
+
+    def _convert(self, trial: Trial) -> _Final:
+        """Converts the model for good, and measures that."""
+        model = self._model_in_float()
+        overrides = self._measurer.bench.overrides(self._choices.assignment(trial.choice))
+        copy = self._conversion.quantize(model, None, overrides)
+        with eval_mode([copy]):
+            quality = self._measurer.quality_of(copy)
+            before, after = self._measurer.time_models([model, copy], self._seconds)
+        ratio = timing.ratio(before, after)
+        size = weight_bytes(copy)
+        return _Final(trial.choice, size, quality, before.p50, after.p50, ratio)
+
+    def front(
+        self, cost: str, latency: bool, float_seconds: float, names: Sequence[str]
+    ) -> tuple[Point, ...]:
+        """The trials that no other one beats in both cost and damage, cheapest first."""
+        choices = self._choices
+
+        def price(trial: Trial) -> float:
+            return choices.cost(trial.choice) if cost == "seconds" else trial.bytes
+
+        labels = {choices.choice_of(name): name for name in names}
+        points, least = [], math.inf
+        for trial in sorted(choices.trials.values(), key=lambda t: (price(t), t.damage, t.choice)):
+            if trial.damage < least:
+                least = trial.damage
+                seconds = float_seconds + choices.seconds(trial.choice) if latency else None
+                points.append(
+                    Point(
+                        labels.get(trial.choice, ""),
+                        choices.assignment(trial.choice),
+                        trial.bytes,
+                        seconds,
+                        trial.quality,
+                    )
+                )
+        return tuple(points)
