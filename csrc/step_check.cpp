@@ -181,7 +181,8 @@ class Check {
   // it.
   void check_window(const Conv2dGeometry& g) const {
     for (int64_t v : {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w})
-      require(v >= 1 && v <= kMostSize, "kernel, stride and dilation must be positive");
+      require(v >= 1 && v <= kMostSize,
+              "kernel, stride and dilation must be positive, and not absurdly large");
     for (int64_t v : {g.pad_top, g.pad_left})
       require(v >= 0 && v <= kMostSize, "padding must not be negative, nor absurdly large");
   }

@@ -149,7 +149,7 @@ def test_windows(op, key, pair, match):
         (5, -1, "negative"),
         (5, 1 << 21, "absurdly large"),
         (7, 0, "positive"),
-        (7, 1 << 19, "far beyond|too large"),
+        (7, 1 << 21, "absurdly large"),
         (9, 0, "positive"),
         (9, 3, "impossible"),
     ],
@@ -203,9 +203,8 @@ def test_outputs_of_convolutions(conv):
     refuses("'out_height' is missing", floats)
     refuses("positive", {**floats, "out_height": 0, "out_width": 5})
     refuses("far beyond", {**floats, "out_height": 5, "out_width": 500})
-    refuses("written twice", {**floats, "output": 0, "out_height": 5, "out_width": 5}, last=VIEW | {
-        "op": "dequantize", "output": 0, "x": 0
-    })  # fmt: skip
+    twice = {**floats, "output": 0, "out_height": 5, "out_width": 5}
+    refuses("written twice", twice, last={"op": "dequantize", "x": 0, "output": 0})
 
 
 def test_programs():
