@@ -16,7 +16,7 @@ def main() -> int:
     add("--test-crops", type=int, default=default.test_crops, metavar="N", help="and to test")
     add("--observers", type=lambda text: tuple(text.split(",")), default=default.observers)
     add("--no-symmetric", dest="symmetric", action="store_false", help="affine activations alone")
-    add("--graph", action="store_true", help="capture the network as a graph")
+    add("--no-graph", dest="graph", action="store_false", help="run it layer by layer alone")
     add("--json", action="store_true", help="print one JSON document")
     add("--page", type=Path, metavar="FILE", help="write the table as Markdown, too")
     given = vars(parser.parse_args())

@@ -1,6 +1,7 @@
 #include "conv_step.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "depthwise.h"
@@ -13,6 +14,7 @@ namespace {
 // What a block of rows reads stays in the second cache.
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
+constexpr int64_t kCentredPixels = 32;
 
 class ConvStep : public Executor {
  public:
@@ -43,6 +45,7 @@ class ConvStep : public Executor {
       to_.residual_scale = plan.residual->scale;
       to_.residual_zero = plan.residual->zero;
     }
+    to_.saturates = plan.to && saturates(plan);
     // A float output has its epilogue behind the residual.
     weights_.epilogue = plan.to || has_residual_ ? Epilogue::none : epilogue_;
 
@@ -57,6 +60,8 @@ class ConvStep : public Executor {
       scratch_.cut(piece(packed, geometry_.groups * depth_.steps * kVectorBytes));
       separate_groups(geometry_, weights_, depth_, packed);
       weights_.packed = packed;
+    } else if (plan.to && to_.in_registers() && is_centred()) {
+      centre();
     }
   }
 
@@ -104,6 +109,45 @@ class ConvStep : public Executor {
     for (size_t n = 0; n < scale_.size(); ++n) scale_[n] = plan.x.scale * weights_.scale[n];
     weights_.scale = scale_.data();
     weights_.bias = bias_.data();
+  }
+
+  // Whether the bounds are what storing a byte does, however large the sums are.
+  bool saturates(const ConvPlan& plan) const {
+    constexpr double kMost = 1 << 21;
+    const double sum = 128.0 * traits(weights_.format).largest() * static_cast<double>(weights_.k);
+    double most = 0;
+    for (size_t n = 0; n < scale_.size(); ++n)
+      most = std::max(most, std::abs(sum * double{scale_[n]}) + std::abs(double{bias_[n]}));
+    if (plan.residual) most += 256.0 * double{plan.residual->scale};
+    return to_.low == static_cast<float>(-128 - to_.zero) &&
+           to_.high == static_cast<float>(127 - to_.zero) && !weights_.group_scale &&
+           most * double{to_.inverse} < kMost;
+  }
+
+  // Rows whose sums are not needed, where there are enough of them for a second copy of the
+  // weights.
+  bool is_centred() const {
+    return kernel_.dot_centred && weights_.format == Format::int8 && geometry_.groups == 1 &&
+           depth_.chunks() == 1 && !weights_.group_scale &&
+           geometry_.out_height * geometry_.out_width >= kCentredPixels;
+  }
+
+  // Codes less 128, padding 0.
+  void centre() {
+    const int64_t panels = packed_panels(weights_.n), bytes = panels * depth_.steps * kVectorBytes;
+    const int64_t tap = tap_channels(weights_.format, geometry_.channels);
+    uint8_t* w;
+    int32_t* seed;
+    scratch_.cut(piece(w, bytes), piece(seed, panels * kPanel));
+    std::fill_n(seed, panels * kPanel, 0);
+    for (int64_t i = 0; i < bytes; ++i) {
+      const int64_t at = i % kVectorBytes, k = i / kVectorBytes % depth_.steps * 4 + at % 4;
+      const bool used = k < weights_.k && k % tap < geometry_.channels;
+      w[i] = used ? weights_.packed[i] ^ 0x80 : uint8_t{0};
+      seed[i / (depth_.steps * kVectorBytes) * kPanel + at / 4] -= 128 * static_cast<int8_t>(w[i]);
+    }
+    weights_.packed = w;
+    seed_ = seed;
   }
 
   Images view(int8_t* arena) const {
@@ -160,25 +204,35 @@ class ConvStep : public Executor {
         grouped_->run(images, 0, first, count, nullptr, &codes, block_scratch);
         continue;
       }
-      int64_t y = first / g.out_width, x = first % g.out_width;
-      for (int64_t i = 0; i < count; ++i) {
-        q[i] = codes.q + y * codes.row + x * codes.pixel;
-        if (codes.residual)
-          residual[i] = codes.residual + y * codes.residual_row + x * codes.residual_pixel;
-        if (++x == g.out_width) ++y, x = 0;
-      }
+      set_pixels(codes.q, codes.row, codes.pixel, first, count, q);
+      if (codes.residual)
+        set_pixels(codes.residual, codes.residual_row, codes.residual_pixel, first, count,
+                   residual);
       if (by_floats) {
         grouped_->run(images, 0, first, count, floats, nullptr, block_scratch);
         kernel_.requantize(to_, count, g.out_channels, 0, floats, g.out_channels,
                            codes.residual ? residual : nullptr, q);
         continue;
       }
-      Columns columns(kernel_, g, weights_, depth_, images, count, block_scratch);
+      Columns columns(kernel_, g, weights_, depth_, images, count, block_scratch, !seed_);
       for (int64_t group = 0; group < g.groups; ++group) {
         const Rows rows = columns.fill(0, first, count, group);
         gemm(kernel_, group_weights(group), depth_, rows, channels.begin, std::min(channels.end, n),
-             {&to_, q, codes.residual ? residual : nullptr, group * n, g.groups == 1});
+             {&to_, q, codes.residual ? residual : nullptr, group * n, g.groups == 1, seed_});
       }
+    }
+  }
+
+  // to[i] = where pixel first + i of an image is.
+  template <class Byte>
+  void set_pixels(Byte* image, ptrdiff_t row, ptrdiff_t pixel, int64_t first, int64_t count,
+                  Byte** to) const {
+    const int64_t width = geometry_.out_width;
+    int64_t y = first / width, x = first % width;
+    for (int64_t i = 0; i < count; ++y, x = 0) {
+      Byte* at = image + y * row + x * pixel;
+      for (const int64_t end = std::min(count, i + width - x); i < end; ++i, at += pixel)
+        to[i] = at;
     }
   }
 
@@ -234,6 +288,7 @@ class ConvStep : public Executor {
   Requantize to_{};
   std::vector<float> scale_, bias_;
   Scratch scratch_;
+  const int32_t* seed_ = nullptr;  // of centred weights
   std::optional<DepthwiseWeights> depthwise_;
   std::optional<Grouped> grouped_;
 };

@@ -85,7 +85,9 @@ class Block {
                 piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size),
                 piece(tile_.room, kernel.room(depth.steps * traits(weights.format).depth())));
     const int add = traits(weights.format).add;
-    for (int64_t i = 0; i < code_rows * depth.chunks(); ++i) offset_[i] = add * rows.sums[i];
+    centred_ = codes && codes->seed;
+    for (int64_t i = 0; i < code_rows * depth.chunks() && !centred_; ++i)
+      offset_[i] = add * rows.sums[i];
     if (zeros) sum_groups();
     if (!weights.bias) std::fill_n(bias_, bias, 0.0f);
 
@@ -150,6 +152,7 @@ class Block {
       tile_.q = q;
       tile_.residual = residual;
       tile_.q_first = codes_->first + c0_;
+      if (centred_) tile_.seed = codes_->seed + c0_;
       set_operands(first, 0, 0);
       return dot();
     }
@@ -209,7 +212,9 @@ class Block {
   }
 
   void dot() {
-    if (rows_.bits)
+    if (centred_)
+      kernel_.dot_centred(tile_);
+    else if (rows_.bits)
       kernel_.xnor(tile_);
     else
       kernel_.dot[static_cast<int>(weights_.format)](tile_);
@@ -256,7 +261,7 @@ class Block {
   const Depth& depth_;
   const Rows& rows_;
   const CodeRows* const codes_;
-  bool in_registers_;
+  bool in_registers_, centred_;
   const bool tall_;
   const int64_t width_, tiles_;  // of a block, in channels and in tiles
   Tile tile_{};

@@ -78,7 +78,8 @@ struct CodeRows {
   int8_t* const* q;               // [count]
   const int8_t* const* residual;  // [count], or null
   int64_t first;
-  bool whole;  // whole panels may be written and read
+  bool whole;           // whole panels may be written and read
+  const int32_t* seed;  // not null: the weights are centred, with this seed; rows need no sums
 };
 
 // y[r][c] for all rows and the channels [begin, end) of `weights`, its epilogue applied; begin is a

@@ -22,7 +22,8 @@ bool Columns::wants_sums(const Conv2dGeometry& g, const Weights& weights, const 
 }
 
 Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
-                 const Depth& depth, const Images& images, int64_t block, Scratch& scratch)
+                 const Depth& depth, const Images& images, int64_t block, Scratch& scratch,
+                 bool want_sums)
     : kernel_(kernel),
       geometry_(g),
       depth_(depth),
@@ -33,8 +34,9 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
       tap_(tap_channels(weights.format, width_)),
       summed_(g.kernel_h * g.kernel_w == 1 && depth.chunks() == 1 ? width_ : k_),
       pixel_sums_(!images.view() && wants_sums(g, weights, depth)),
-      clears_padding_(!pixel_sums_ && !images.use_bits() && (g.groups > 1 || images.view()) &&
-                      tap_ > width_ && summed_ == k_),
+      wants_sums_(want_sums),
+      clears_padding_(want_sums && !pixel_sums_ && !images.use_bits() &&
+                      (g.groups > 1 || images.view()) && tap_ > width_ && summed_ == k_),
       in_place_(is_pointwise(g, images) && images.planes() == 1 && !clears_padding_) {
   const bool bits = images.use_bits();
   const int64_t taps = g.kernel_h * g.kernel_w, tap = bytes_ / std::max<int64_t>(taps, 1);
@@ -94,7 +96,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
     rows.codes = codes;
   }
   if (clears_padding_) clear_padding(count * planes);
-  if (!pixel_sums_) sum_rows(rows);
+  if (!pixel_sums_ && wants_sums_) sum_rows(rows);
   return rows;
 }
 

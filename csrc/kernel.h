@@ -22,6 +22,7 @@ struct Requantize {
   int zero;
   float residual_scale;
   int residual_zero;
+  bool saturates;       // the bounds are those of a byte, and |v * inverse| stays below 2^22
   bool hardswish;       // of v, before all this
   const int8_t* table;  // or null
   int first;
@@ -63,6 +64,7 @@ struct Tile {
   int8_t* const* q;
   const int8_t* const* residual;  // as q, or null
   ptrdiff_t q_first;
+  const int32_t* seed;  // [nr]: sums start there (dot_centred)
 };
 
 // One call of the depthwise microkernel: one or two rows of outputs, of `panels` panels of
@@ -139,6 +141,10 @@ struct Kernel {
   // a zero, fma(group_zero, group_sum, f) after each; y = fma(f, row_scale * scale, bias).
   // Index: Format.
   void (*dot[kFormatCount])(const Tile& tile);
+
+  // Of 8-bit codes less 128, signed, in place of codes, and activations plus 128: s = seed + sum
+  // over k of w[c][k] * (a[r][k] + 128), to codes alone, without groups. Null: an ISA has none.
+  void (*dot_centred)(const Tile& tile);
 
   // The same with s = offset + 2 * (number of k where bit w differs from bit a and bit `mask` is
   // set). With a = 1 for a negative activation these are the agreements of the signs.

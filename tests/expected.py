@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import oracle
+import oracle_static
 import torch
 import torch.nn.functional as F
 
@@ -53,12 +54,19 @@ def _weights(layer, codes: np.ndarray) -> tuple:
     )
 
 
+def _fixed(layer) -> tuple[float, int]:
+    return float(layer.activation_scale), int(layer.activation_zero)
+
+
 def linear(layer, x: torch.Tensor) -> torch.Tensor:
     """Output of a `lowbit.nn.Linear` for x [..., K], in x's dtype."""
     n, k = layer.out_features, layer.in_features
     codes = oracle.unpack(layer.weight_packed.numpy(), layer.scheme.weight, n, k)
     rows = np.ascontiguousarray(x.detach().float().numpy().reshape(-1, k))
-    y = oracle.linear(rows, *_weights(layer, codes))
+    if layer.scheme.static:
+        y = oracle_static.linear(rows, *_weights(layer, codes), _fixed(layer))
+    else:
+        y = oracle.linear(rows, *_weights(layer, codes))
     return torch.from_numpy(y).view(*x.shape[:-1], n).to(x.dtype)
 
 
@@ -88,15 +96,18 @@ def conv2d(layer, x: torch.Tensor) -> torch.Tensor:
         top, bottom, left, right = padding
         image = F.pad(image, [left, right, top, bottom], mode=layer.padding_mode)
         padding = (0, 0, 0, 0)
-    y = oracle.conv2d_nchw(
-        image.numpy(),
-        *_weights(layer, codes),
-        stride=layer.stride,
-        padding=padding,
-        dilation=layer.dilation,
-        groups=groups,
-    )
-    return torch.from_numpy(np.ascontiguousarray(y)).to(x.dtype)
+    window = {
+        "stride": layer.stride,
+        "padding": padding,
+        "dilation": layer.dilation,
+        "groups": groups,
+    }
+    nhwc = np.ascontiguousarray(image.numpy().transpose(0, 2, 3, 1))
+    if layer.scheme.static:
+        y = oracle_static.conv2d(nhwc, *_weights(layer, codes), _fixed(layer), **window)
+    else:
+        y = oracle.conv2d(nhwc, *_weights(layer, codes), **window)
+    return torch.from_numpy(np.ascontiguousarray(y.transpose(0, 3, 1, 2))).to(x.dtype)
 
 
 def conv1d(layer, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +136,13 @@ def conv_transpose2d(layer, x: torch.Tensor) -> torch.Tensor:
         for d in (0, 1)
     ]
     image = np.ascontiguousarray(x.detach().float().numpy().transpose(0, 2, 3, 1))
-    codes, scale = oracle.quantize_activation(image, layer.scheme.activation)
+    activation, fixed, zero = layer.scheme.activation, (0.0, 0), 0
+    if layer.scheme.static:
+        fixed = _fixed(layer)
+        zero = fixed[1]
+        codes, scale = oracle_static.quantize(image, activation, *fixed)
+    else:
+        codes, scale = oracle.quantize_activation(image, activation)
     weights = dict(_phases(layer))
     bias = _array(layer.bias)
     y = np.zeros((batch, *size, n), np.float32)
@@ -140,20 +157,19 @@ def conv_transpose2d(layer, x: torch.Tensor) -> torch.Tensor:
         for i, j in itertools.product(rows, columns):
             at, to = (row + ph - i * dh) // sh, (column + pw - j * dw) // sw
             inside = 0 <= at < height and 0 <= to < width
-            taps.append(codes[:, at, to] if inside else np.zeros_like(codes[:, 0, 0]))
+            taps.append(codes[:, at, to] if inside else np.full_like(codes[:, 0, 0], zero))
         window = np.stack(taps, 1).reshape(batch, len(rows), len(columns), groups, -1)
         matrix, factors = weights[(row + ph) % sh, (column + pw) % sw]
+        real = np.ones((1, len(rows), len(columns), window.shape[-1]), int)
+        real = oracle.conv_matrix(real, layer.scheme.weight)[0] == 1
         for g, part in enumerate(np.split(np.arange(n), groups)):
             values = oracle.conv_matrix(window[:, :, :, g], layer.scheme.weight)
-            y[:, row, column, part] = oracle.scaled_sum(
-                values,
-                scale,
-                matrix[part],
-                layer.scheme.weight,
-                *(None if f is None else f[part] for f in factors),
-                layer.scheme.group_size,
-                None if bias is None else bias[part],
-            )
+            own = [None if f is None else f[part] for f in factors]
+            rest = (layer.scheme.weight, *own, layer.scheme.group_size)
+            offset = None if bias is None else bias[part]
+            if layer.scheme.static:
+                offset = oracle_static.bias(matrix[part], real, *rest, offset, fixed)
+            y[:, row, column, part] = oracle.scaled_sum(values, scale, matrix[part], *rest, offset)
     return torch.from_numpy(np.ascontiguousarray(y.transpose(0, 3, 1, 2))).to(x.dtype)
 
 

@@ -106,12 +106,29 @@ def random_weights(
     return Weights(codes, fmt, scale, group_scale, group_zero, group_size, offsets)
 
 
-def core_linear(x: np.ndarray, weights: Weights, activation: str, threads: int = 1) -> np.ndarray:
-    """`_core.linear` of x float32 [M, K] and weights [N, K]: float32 [M, N]."""
+def core_linear(
+    x: np.ndarray,
+    weights: Weights,
+    activation: str,
+    threads: int = 1,
+    fixed: tuple[float, int] = (0.0, 0),
+) -> np.ndarray:
+    """`_core.linear` of x float32 [M, K] and weights [N, K]: float32 [M, N].
+
+    Args:
+        fixed: scale and zero point of static activations; a scale of 0: dynamic ones.
+    """
     (m, k), n = x.shape, len(weights.codes)
     y = Guarded.output((m, n))
     operands, fields = _operands(oracle.pack(weights.codes, weights.fmt), weights)
     x = Guarded(x)
+    if fixed != (0.0, 0):
+        bias = Guarded.output((n,))
+        kinds = (FORMAT_INDEX[weights.fmt], ACTIVATION_INDEX[activation])
+        sizes = (n, k, weights.group_size or 0)
+        _core.linear_static_bias(bias.address, *fixed, threads, *kinds, *sizes, *fields)
+        bias.check_before()
+        fields[-1] = bias.address
     _core.linear(
         x.address,
         m,
@@ -123,6 +140,8 @@ def core_linear(x: np.ndarray, weights: Weights, activation: str, threads: int =
         weights.group_size or 0,
         *fields,
         threads,
+        0,
+        *fixed,
     )
     del operands
     y.check_before()
@@ -140,12 +159,14 @@ def core_conv2d(
     threads: int = 1,
     x_channels_last: bool = True,
     y_channels_last: bool = True,
+    fixed: tuple[float, int] = (0.0, 0),
 ) -> np.ndarray:
     """`_core.conv2d` of x float32 [B, H, W, C], arguments as in `oracle.conv2d`.
 
     Args:
         x_channels_last: whether the kernel reads NHWC; otherwise it is handed x as NCHW.
         y_channels_last: whether it writes NHWC; what is returned is NHWC in any case.
+        fixed: as for `core_linear`.
     """
     batch, height, width, channels = x.shape
     out_channels, kernel_h, kernel_w, _ = weights.codes.shape
@@ -158,6 +179,12 @@ def core_conv2d(
     x = Guarded(x if x_channels_last else x.transpose(TO_NCHW))
     geometry = (batch, height, width, channels, out_channels, out_height, out_width)
     geometry += (kernel_h, kernel_w, *stride, top, left, *dilation, groups)
+    if fixed != (0.0, 0):
+        bias = Guarded.output((out_channels,))
+        kinds = (FORMAT_INDEX[weights.fmt], ACTIVATION_INDEX[activation], weights.group_size or 0)
+        _core.conv2d_static_bias(bias.address, *fixed, threads, geometry, *kinds, *fields)
+        bias.check_before()
+        fields[-1] = bias.address
     _core.conv2d(
         x.address,
         y.address,
@@ -169,6 +196,8 @@ def core_conv2d(
         threads,
         x_channels_last,
         y_channels_last,
+        0,
+        *fixed,
     )
     del operands
     y.check_before()

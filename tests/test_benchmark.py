@@ -90,6 +90,14 @@ def test_lowbit_candidates_compute_the_layer(op):
         assert 0 < error < ERROR[candidate.name.split()[0]]
 
 
+def test_static_candidates_are_calibrated_with_the_input():
+    for op, shape in (("linear", "96x40"), ("conv", "8x16k3@10")):
+        case = make(op, shape, 3)
+        reference = case.layer(case.x).detach()
+        for candidate in lowbit_candidates(case, convert(case.layer, ("w8a8-static",))):
+            assert relative_error(reference, candidate.build()(case.x)) < ERROR["w8a8"]
+
+
 def test_lowbit_candidates_know_their_ceiling_and_bytes():
     case = make("linear", "128x32", 1)
     layers = convert(case.layer, ("w8a8", "w4a8", "w1a1", "w8a16"))

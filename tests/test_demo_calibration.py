@@ -33,7 +33,9 @@ def test_sides_are_calibrated_and_tested_on_other_images(monkeypatch):
         return baselines.Int8Baseline(None, None, None, None, {}, "left out")
 
     monkeypatch.setattr(baselines, "torch_int8", torch_int8)
-    options = Options(crops=3, test_crops=2, observers=("minmax", "mse"), symmetric=False)
+    options = Options(
+        crops=3, test_crops=2, observers=("minmax", "mse"), symmetric=False, graph=False
+    )
     found = run(options)
     for images, photos in zip(seen, ([0], [1], [0, 1]), strict=True):
         crops = torch.stack([random_crops(PHOTOS[i], 3) for i in photos], dim=1).flatten(0, 1)
@@ -63,10 +65,17 @@ def test_figures_are_those_of_the_tested_images(monkeypatch):
     assert found["w8a8-static, minmax"].sqnr_db == pytest.approx(expected.sqnr_db)
     assert found["w8a8-static, minmax"].top1_agreement == expected.top1_agreement
     assert "torch INT8 (static)" in found
+    captured = lowbit.prepare(model, "w8a8-static", learned[0], observer="minmax")
+    network = lowbit.convert(lowbit.calibrate(captured, learned))
+    assert type(network) is not type(quantized)
+    expected = measure(model(x), network(x))
+    assert found["w8a8-static, minmax, graph"].sqnr_db == pytest.approx(expected.sqnr_db)
 
 
 def test_the_page():
-    result = run(Options(crops=2, test_crops=1, observers=("minmax", "mse"), symmetric=True))
+    result = run(
+        Options(crops=2, test_crops=1, observers=("minmax", "mse"), symmetric=True, graph=False)
+    )
     assert isinstance(result, Calibrations)
     page = result.page("python bench/calibration.py")
     assert "Written by `python bench/calibration.py`." in page

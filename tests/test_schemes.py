@@ -25,6 +25,29 @@ def test_recipe_round_trip(recipe, group):
         assert hash(again) == hash(scheme)
 
 
+@pytest.mark.parametrize("group", ["", "-g64"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_static_recipes(recipe, group):
+    scheme = Scheme.parse(f"{recipe}{group}-static")
+    assert scheme.static
+    assert scheme.name == f"{recipe}{group}-static"
+    assert scheme == dataclasses.replace(Scheme.parse(recipe + group), static=True)
+    assert scheme != Scheme.parse(recipe + group)
+    assert Scheme.from_json(scheme.to_json()) == scheme
+    assert Scheme.from_dict({**scheme.to_dict(), "static": False}) == Scheme.parse(recipe + group)
+
+
+def test_static_and_a_quantizer_in_the_name():
+    scheme = Scheme("int4", group_size=32, quantizer="minmax", static=True)
+    assert scheme.name == "w4a8-g32-static-minmax"
+    assert Scheme.parse(scheme.name) == scheme
+    for name in ("w4a8-static-g32", "w4a8-minmax-static", "w4a8-static-static", "static"):
+        with pytest.raises(ValueError, match=f"unknown scheme '{name}'.*'-static' for calibrated"):
+            Scheme.parse(name)
+    with pytest.raises(ValueError, match="static is True or False, not 1"):
+        Scheme(static=1)
+
+
 def test_what_recipes_mean():
     assert Scheme.parse("w8a8") == Scheme("int8", "int8", None, "minmax")
     assert Scheme.parse("w4a16-g64") == Scheme("int4", "int16", 64, "mse")
@@ -106,6 +129,7 @@ def test_dict_versions_and_fields():
         "activation": "int8",
         "group_size": 64,
         "quantizer": "mse",
+        "static": False,
     }
     assert Scheme.from_dict({"weight": "int2"}) == Scheme("int2")
     with pytest.raises(ValueError, match="scheme version 99 is not version 1"):

@@ -37,6 +37,5 @@ inline Reg dot_shorts(Reg acc, Reg a, Reg b) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -33,7 +33,6 @@ inline FloatReg float_add(FloatReg a, FloatReg b) { return _mm256_add_ps(a, b); 
 inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm256_max_ps(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm256_min_ps(a, b); }
 inline Reg nearest(FloatReg v) { return _mm256_cvtps_epi32(v); }
-// Values of a byte: saturating changes none.
 inline void store_codes(int8_t* p, Reg v) {
   const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));

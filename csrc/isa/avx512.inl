@@ -37,7 +37,7 @@ inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm512_max_ps(a, b); 
 inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm512_min_ps(a, b); }
 inline Reg nearest(FloatReg v) { return _mm512_cvtps_epi32(v); }
 inline void store_codes(int8_t* p, Reg v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
 }
 inline Reg load_codes(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -21,6 +21,5 @@ inline Reg carry_save(Reg a, Reg b, Reg c, Reg& carry) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"

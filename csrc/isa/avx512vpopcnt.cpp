@@ -11,6 +11,5 @@ inline Reg popcount_add(Reg acc, Reg v) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -20,6 +20,5 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -160,14 +160,17 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
   const ptrdiff_t pitch = t.y_pitch, row = t.y_row;
   if (t.requantize) {
     const CodeRegs code(*t.requantize);
-    int8_t* q = t.q + panel * kPanel;
-    for (int64_t i = 0; i < pixels; ++i, column += step, q += pitch) {
-      Reg acc[R][kRegs];
-      sum(acc);
-      LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v)
-          code.put(q + r * row + v * kLanes, fmadd(to_float(acc[r][v]), scale[v], bias[v]));
-    }
-    return;
+    const auto put = [&](auto saturates) __attribute__((always_inline)) {
+      int8_t* q = t.q + panel * kPanel;
+      for (int64_t i = 0; i < pixels; ++i, column += step, q += pitch) {
+        Reg acc[R][kRegs];
+        sum(acc);
+        LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v)
+            code.template put<decltype(saturates)::value != 0>(
+                q + r * row + v * kLanes, fmadd(to_float(acc[r][v]), scale[v], bias[v]));
+      }
+    };
+    return t.requantize->saturates ? put(IntConstant<1>{}) : put(IntConstant<0>{});
   }
   float* y = t.y + panel * kPanel;
   for (int64_t i = 0; i < pixels; ++i, column += step, y += pitch) {

@@ -59,15 +59,18 @@ struct CodeRegs {
   LOWBIT_INLINE FloatReg with_residual(FloatReg y, const int8_t* r) const {
     return float_add(y, multiply(to_float(sub(load_codes(r), residual_zero)), residual_scale));
   }
+  // Saturates: storing does what the bounds would.
+  template <bool Saturates>
   LOWBIT_INLINE void put(int8_t* q, FloatReg v) const {
-    v = float_min(float_max(multiply(v, inverse), low), high);
+    v = multiply(v, inverse);
+    if constexpr (!Saturates) v = float_min(float_max(v, low), high);
     store_codes(q, add(nearest(v), zero));
   }
 };
 
 // The same as finish_tile, as codes.
-template <int R, int V, class Value>
-LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
+template <bool Saturates, int R, int V, class Value>
+LOWBIT_INLINE void put_tile(const Tile& t, int panel, Value f) {
   const CodeRegs code(*t.requantize);
   const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
   int8_t* const* const q = t.q;
@@ -78,9 +81,15 @@ LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
       FloatReg y = fmadd(f(r, v), float_load(scale + v * kLanes), float_load(bias + v * kLanes));
       if (residual) y = code.with_residual(y, residual[r] + first + v * kLanes);
-      code.put(out + v * kLanes, y);
+      code.put<Saturates>(out + v * kLanes, y);
     }
   }
+}
+
+template <int R, int V, class Value>
+LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
+  if (t.requantize->saturates) return put_tile<true, R, V>(t, panel, f);
+  put_tile<false, R, V>(t, panel, f);
 }
 
 // y = fma(f(r, v), row_scale * scale, bias)

@@ -32,7 +32,7 @@ void grouped_pixels(const GroupedTile& t, int panel, int64_t first) {
       const ptrdiff_t at = panel * kPanel + v * kLanes;
       const FloatReg scale = float_load(t.scale + at), bias = float_load(t.bias + at);
       LOWBIT_UNROLL for (int r = 0; r < MR; ++r)
-          code.put(q + r * t.y_pitch + v * kLanes, fmadd(to_float(acc[r][v]), scale, bias));
+          code.put<false>(q + r * t.y_pitch + v * kLanes, fmadd(to_float(acc[r][v]), scale, bias));
     }
     return;
   }

@@ -18,7 +18,7 @@
 //   multiply(a, b) float_add(a, b) fmadd(a, b, c) opaque_float(v)
 //   float_max(a, b) float_min(a, b): b where a is NaN
 //   nearest(v)              to int32, halves to even
-//   store_codes(p, v) load_codes(p)   a byte a lane, signed
+//   store_codes(p, v) load_codes(p)   a byte a lane, signed; stored saturated
 //
 // and what these ask for: dot.inl or, with LOWBIT_INT16_SUMS, _LANE_DOT, _MATRIX_DOT or _LONG_DOT,
 // what is included instead; xnor.inl or, with LOWBIT_CARRY_SAVE or _BYTE_COUNTS, another.
@@ -101,6 +101,10 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 #include "long_dot.inl"
 #else
 #include "dot.inl"
+#endif
+
+#ifndef LOWBIT_CENTRED_DOT
+constexpr void (*dot_centred)(const Tile&) = nullptr;
 #endif
 
 #if defined(LOWBIT_CARRY_SAVE)

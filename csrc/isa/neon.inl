@@ -36,8 +36,8 @@ inline FloatReg float_max(FloatReg a, FloatReg b) { return vmaxnmq_f32(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return vminnmq_f32(a, b); }
 inline Reg nearest(FloatReg v) { return vcvtnq_s32_f32(v); }
 inline void store_codes(int8_t* p, Reg v) {
-  const int16x4_t shorts = vmovn_s32(v);
-  const int8x8_t narrow = vmovn_s16(vcombine_s16(shorts, shorts));
+  const int16x4_t shorts = vqmovn_s32(v);
+  const int8x8_t narrow = vqmovn_s16(vcombine_s16(shorts, shorts));
   const int32_t four = vget_lane_s32(vreinterpret_s32_s8(narrow), 0);
   __builtin_memcpy(p, &four, 4);
 }

@@ -1,4 +1,4 @@
-// Steps of programs on codes of activations: plain loops that the compiler vectorizes, as those of
+// Steps of programs on codes of activations: plain loops that the compiler vectorizes. Part of
 // rows.inl.
 
 // clamp(round(v * inverse), low, high), in the low bits of what comes back as of kRound.

@@ -268,3 +268,5 @@ uint64_t read_all(const void* p, int64_t bytes) {
   for (uint64_t v : lane) total += v;
   return total;
 }
+
+#include "requantize.inl"

@@ -101,7 +101,10 @@ inline Reg nearest(const FloatReg& v) {
   return out;
 }
 inline void store_codes(int8_t* p, const Reg& v) {
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.lane[i]);
+  for (int i = 0; i < 16; ++i) {
+    const auto x = static_cast<int32_t>(v.lane[i]);
+    p[i] = static_cast<int8_t>(x < -128 ? -128 : x > 127 ? 127 : x);
+  }
 }
 inline Reg load_codes(const int8_t* p) {
   Reg v;
@@ -201,6 +204,5 @@ inline Reg shuffle(const Reg& v, const Reg& control) {
 }
 
 #include "microkernel.inl"
-#include "requantize.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -21,6 +21,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
         LOWBIT_FORMATS(X)
 #undef X
     },
+    dot_centred,
     xnor_any,
     kColumnBytes,
     depthwise_tile,

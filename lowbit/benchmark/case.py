@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lowbit import observers
 from lowbit.benchmark.candidate import Candidate, Forward
 from lowbit.benchmark.shapes import LinearShape, parse
 from lowbit.formats import FORMATS as WEIGHTS
@@ -79,6 +80,11 @@ def lowbit_candidates(case: Case, layers: Mapping[str, QuantizedLayer]) -> list[
     candidates = []
     for name, layer in layers.items():
         scheme = layer.scheme
+        if scheme.static:
+            observer = observers.make("minmax", scheme.activation)
+            observer.observe(case.x)
+            found = observer.parameters()
+            layer.set_activation(found.scale, found.zero)
         # The bias is read too, but it is the same few bytes for every engine.
         size = sum(t.nbytes for key, t in layer.state_dict().items() if key.startswith("weight_"))
         binary = (scheme.weight, scheme.activation) == ("binary", "binary")

@@ -138,12 +138,9 @@ class _Build:
         factors = scale.reshape(*shape[: len(shape) - 3], 1, 1, 1).astype(np.float32)
         weight = self._weight(codes.reshape(shape), factors)
         left, right, top, bottom = self._sides(node, module)
-        height, width = module.padding
+        own = [int(side) for side in module.padding]
         convolution = self.op.group_convolution if module.groups > 1 else self.op.convolution
-        begin, end = (
-            [int(height) + top, int(width) + left],
-            [int(height) + bottom, int(width) + right],
-        )
+        begin, end = [own[0] + top, own[1] + left], [own[0] + bottom, own[1] + right]
         y = convolution(x, weight, list(module.stride), begin, end, list(module.dilation))
         if module.bias is None:
             return y

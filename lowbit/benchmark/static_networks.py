@@ -25,6 +25,7 @@ from lowbit.convert import quantize
 from lowbit.info import cpu_info
 from lowbit.quality import QualityMeter
 from lowbit.static.network import Network
+from lowbit.static.prepared import PreparedNetwork
 from lowbit.timing import Timing, alternate, ratio
 
 STATIC, DYNAMIC = "lowbit w8a8-static", "lowbit w8a8"
@@ -74,7 +75,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 3, 2, 1)
-        return self.fc(F.adaptive_avg_pool2d(self.stages(x), 1).flatten(1))
+        y: Tensor = self.fc(F.adaptive_avg_pool2d(self.stages(x), 1).flatten(1))
+        return y
 
 
 def _resnet() -> nn.Module:
@@ -107,7 +109,7 @@ def _photographs() -> tuple[list[Tensor], list[Tensor]]:
 
     learned = torch.stack([random_crops(photo, 10, seed=0) for photo in PHOTOS], dim=1)
     tested = [torch.cat([load_views(p), random_crops(p, 10, seed=1)]) for p in PHOTOS]
-    return list(learned.flatten(0, 1).split(6)), tested
+    return list(torch.split(learned.flatten(0, 1), 6)), tested
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def _race(case: StaticCase) -> StaticResult:
     last = _last(x)
     prepared = calibrate(prepare(model, "w8a8-static", learned[0]), learned)
     static = convert(prepared)
+    assert isinstance(prepared, PreparedNetwork)
     assert isinstance(static, Network)
     baseline = baselines.torch_int8(model, [last[:1], *learned])
     dynamic = quantize(model, "w8a8")

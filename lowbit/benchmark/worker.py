@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def save(result: Result | NetworkResult | QualityResult | StaticResult) -> None:
+    def save(result: Result | NetworkResult | StaticResult | QualityResult) -> None:
         print(json.dumps(result.to_dict()), file=results, flush=True)
 
     hold(options.get("isa"))

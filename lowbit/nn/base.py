@@ -118,6 +118,14 @@ class LowbitLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def _refuse_uncalibrated(self) -> None:
+        """Where values can be seen; a program that is traced asks its operator when it runs."""
+        if not self.scheme.static or is_compiling() or torch._C._is_tracing():
+            return
+        scale, _ = self._activation_tensors()
+        if type(scale) is Tensor and not scale.is_meta and float(scale) == 0:
+            raise not_calibrated(self.label)
+
     def _describe_activation(self) -> str:
         scale, zero = self._activation_tensors()
         if scale is None or zero is None:
@@ -366,14 +374,6 @@ class QuantizedLayer(LowbitLayer):
         fixed = self._activation_tensors() if self.scheme.static else ()
         self._refuse_uncalibrated()
         return autocast(operator(x, *self.operator_tensors(), *formats, *sizes, *fixed))
-
-    def _refuse_uncalibrated(self) -> None:
-        """Where values can be seen; a program that is traced asks its operator when it runs."""
-        if not self.scheme.static or is_compiling() or torch._C._is_tracing():
-            return
-        scale = self.activation_scale
-        if type(scale) is Tensor and not scale.is_meta and float(scale) == 0:
-            raise not_calibrated(self.label)
 
     def operator_tensors(self) -> Tensors:
         """The layer's tensors in the order of the operators' arguments."""

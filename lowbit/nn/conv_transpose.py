@@ -14,7 +14,7 @@ from lowbit.nn.base import DequantizedWeight, LowbitLayer, is_compiling
 from lowbit.nn.conv import Conv2d
 from lowbit.nn.floats import autocast, check_float_layer, float_bias
 from lowbit.nn.loading import FLOAT_WEIGHT
-from lowbit.packed import ACTIVATION_NAMES, ActivationTensors, PackedWeight
+from lowbit.packed import ACTIVATION_NAMES, ActivationTensors
 from lowbit.phases import Pair, Part, parts
 from lowbit.schemes import Scheme
 
@@ -222,13 +222,13 @@ class ConvTranspose2d(LowbitLayer):
         if output_size is not None:
             more = self._output_padding(x.shape, output_size, (2, 3 if unbatched else 4))
             window = (*window[:3], more, window[4])
+        self._refuse_uncalibrated()
         if direct:
-            weights = self._checked_weights()
+            weights = [conv._operands() for conv in self._convolutions()]
             y = ops.conv_transpose2d_direct(x, weights, self._geometry(), *window, self.label)
         else:
             if isinstance(x, Tensor):
                 transposed_size(x.shape, *window, self.label)
-            self._first._refuse_uncalibrated()
             fixed = self._activation_tensors() if self.scheme.static else ()
             y = torch.ops.lowbit.conv_transpose2d(
                 x,
@@ -244,9 +244,6 @@ class ConvTranspose2d(LowbitLayer):
             )
             y = autocast(y)
         return y.squeeze(0) if unbatched else y
-
-    def _checked_weights(self) -> list[PackedWeight]:
-        return [conv._operands() for conv in self._convolutions()]
 
     def _activation_tensors(self) -> ActivationTensors:
         return self._first._activation_tensors()

@@ -101,7 +101,8 @@ class QATLayer(nn.Module):
 
         Raises:
             TypeError: the module is no float layer of this kind.
-            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
+            ValueError: an invalid scheme, or a static one; weights with NaN or Inf, or not on the
+                CPU.
         """
         kind = cls.float_class
         if not isinstance(module, kind) or isinstance(module, QATLayer):
@@ -123,6 +124,12 @@ class QATLayer(nn.Module):
         Args, raises: as for `from_float`.
         """
         parsed = Scheme.parse(scheme)
+        if parsed.static:
+            raise ValueError(
+                f"{parsed.name}: training fits activations that are quantized as they come; train "
+                f"{parsed.name.replace('-static', '')}, or calibrate the float model with "
+                "lowbit.quantize(model, scheme, calibration=batches)"
+            )
         weight = module._parameters["weight"]
         assert weight is not None
         scales = None

@@ -173,9 +173,15 @@ class _Reader:
         """An argument with references for torch.fx's nodes."""
 
         def reference(n: fx.Node) -> Any:
-            return Ref(self.aliases.get(n.name, n.name))
+            return Ref(self._current(n.name))
 
         return fx.node.map_arg(value, reference)
+
+    def _current(self, name: str) -> str:
+        """Which value a name stands for now."""
+        while name in self.aliases:
+            name = self.aliases[name]
+        return name
 
     def read(self, node: fx.Node) -> None:
         shape, dtype = self.values.get(node.name, ((), torch.float32))
@@ -197,6 +203,8 @@ class _Reader:
         if isinstance(found, Alias):
             self.aliases[node.name] = found.of
             return
+        if call.in_place() and isinstance(call.args[0], Ref) and call.args[0].name in self.tensors:
+            self.aliases[call.args[0].name] = node.name  # what comes later sees the new values
         if found is None:
             found = Node(node.name, "float", inputs, reason=reason)
             found.settings["pad"] = call.zero_pad()

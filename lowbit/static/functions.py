@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from lowbit import _core
 from lowbit.observers import Affine
 
-ENTRIES = 4096
-"""Of a table behind a convolution."""
+ENTRIES, MOST_ENTRIES = 4096, 65536
+"""Of a table behind a convolution: usually, and where that would be too coarse."""
+
+_PARTS = 8  # of a step of the output's codes, as fine as a table should be
+_FARTHEST = 1e6
 
 Table = tuple[float, int, bytes]
-"""(inv, low, codes): code[clamp(rne(v * inv), low, low + ENTRIES - 1) - low]."""
+"""(inv, low, codes): codes[clamp(rne(v * inv), low, low + len(codes) - 1) - low]."""
 
 
 @dataclass(frozen=True)
@@ -195,17 +198,32 @@ def table(function: Function, to: Affine) -> Table:
     Beyond both ends of the table the code stays what it is there. Evaluated in float64, so that
     the table does not depend on the CPU.
     """
-    span = 300 * to.scale + 64
+    span = _span(function, to)
     points = torch.linspace(-span, span, 1 << 18, dtype=torch.float64)
     found = _codes(function(points), to)
     changes = np.flatnonzero(found[1:] != found[:-1])
     if not len(changes):
         return 1.0, 0, bytes(found[:1].tobytes() * ENTRIES)
     low, high = float(points[changes[0]]), float(points[changes[-1] + 1])
-    inv = float(np.float32((ENTRIES - 4) / max(high - low, 1e-6)))
+    count = ENTRIES
+    while count < MOST_ENTRIES and (high - low) / count > to.scale / _PARTS:
+        count *= 2
+    inv = float(np.float32((count - 4) / max(high - low, 1e-6)))
     first = int(np.floor(low * inv)) - 1
-    entries = torch.arange(first, first + ENTRIES, dtype=torch.float64) / inv
+    entries = torch.arange(first, first + count, dtype=torch.float64) / inv
     return inv, first, _codes(function(entries), to).tobytes()
+
+
+def _span(function: Function, to: Affine) -> float:
+    """How far from 0 the code of a function changes."""
+    span = 300 * to.scale + 64
+    while span < _FARTHEST:
+        ends = torch.tensor([-2 * span, -span, span, 2 * span], dtype=torch.float64)
+        codes = _codes(function(ends), to)
+        if codes[0] == codes[1] and codes[2] == codes[3]:
+            break
+        span *= 2
+    return span
 
 
 def _codes(v: Tensor, to: Affine) -> np.ndarray[Any, np.dtype[np.int8]]:

@@ -73,6 +73,17 @@ class Call:
         values = self.args[1:]
         return values[0] if len(values) == 1 and isinstance(values[0], (tuple, list)) else values
 
+    def in_place(self) -> bool:
+        """Whether it changes its first argument."""
+        if self.op == "call_method":
+            return str(self.target).endswith("_") and not str(self.target).endswith("__")
+        if self.module is not None:
+            return bool(getattr(self.module, "inplace", False))
+        if self.target in _IN_PLACE or str(getattr(self.target, "__name__", "")).endswith("_"):
+            return True
+        _, names = functions.CALLS.get(self.target, ("", ()))
+        return bool(self.named(*names).get("inplace", False))
+
     def identity(self) -> Alias | None:
         """What it passes on, if it does nothing."""
         first = self.args[0] if self.args else self.kwargs.get("input")
@@ -313,6 +324,8 @@ def _resize(call: Call, layout: str) -> Node | None:
         return None
     return _node(call, "resize", layout, factors=tuple(int(factor) for factor in factors))
 
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 _IDENTITIES = {
     nn.Identity,

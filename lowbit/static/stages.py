@@ -41,9 +41,8 @@ def make_stages(nodes: Sequence[Node], outputs: Collection[str]) -> list[Segment
         floats = _ready(waiting, done, in_integers=False)
         groups += [[node] for node in floats]
         integers = _ready(waiting, done, in_integers=True)
-        if integers:
-            groups.append(integers)
-    return _connected(groups, {node.name: node for node in nodes}, outputs)
+        groups += _connected(integers)
+    return _segments(groups, {node.name: node for node in nodes}, outputs)
 
 
 def _ready(waiting: list[Node], done: set[str], in_integers: bool) -> list[Node]:
@@ -57,7 +56,21 @@ def _ready(waiting: list[Node], done: set[str], in_integers: bool) -> list[Node]
     return found
 
 
-def _connected(
+def _connected(nodes: list[Node]) -> list[list[Node]]:
+    """Nodes in groups that have values in common: batches of others may be of another size."""
+    groups: list[tuple[set[str], list[Node]]] = []
+    for node in nodes:
+        names, members = {node.name, *node.inputs}, [node]
+        for other in [group for group in groups if group[0] & names]:
+            groups.remove(other)
+            names |= other[0]
+            members = other[1] + members
+        groups.append((names, members))
+    order = {node.name: i for i, node in enumerate(nodes)}
+    return [sorted(members, key=lambda node: order[node.name]) for _, members in groups]
+
+
+def _segments(
     groups: list[list[Node]], nodes: dict[str, Node], outputs: Collection[str]
 ) -> list[Segment]:
     position = {node.name: i for i, group in enumerate(groups) for node in group}

@@ -52,9 +52,9 @@ def test_layers_get_what_their_observers_chose(scheme):
 @pytest.mark.parametrize("make", [Net, RaggedNet])
 def test_one_call_equals_three(scheme, make):
     model = trained(make())
+    three = lowbit.convert(calibrated(model, scheme))
     captured = lowbit.calibrate(lowbit.prepare(model, scheme, IMAGES[0]), IMAGES)
     network = lowbit.convert(captured)
-    three = lowbit.convert(calibrated(model, scheme))
     before = state(model)
     one = lowbit.quantize(model, scheme, calibration=IMAGES)
     assert_same_state(model, before)
@@ -62,8 +62,8 @@ def test_one_call_equals_three(scheme, make):
     assert str(lowbit.summary(one)) == str(lowbit.summary(network))
     report = lowbit.quantize_(model, scheme, calibration=iter(IMAGES))
     assert_same_state(model, state(three))
-    rows = [(row.name, row.scheme) for row in report.rows if row.converted]
-    assert rows == [(row.name, row.scheme) for row in lowbit.summary(three).converted]
+    rows = [(row.name, row.scheme) for row in report.rows]
+    assert rows == [(row.name, row.scheme) for row in lowbit.summary(three).rows]
     assert "converted in place" in report.converted[0].note
     x = torch.randn(3, 3, 8, 8)
     assert torch.equal(one(x), network(x))
@@ -217,7 +217,7 @@ def test_hooks_and_attributes_are_carried_over():
     converted(IMAGES[0])
     assert calls == [1]
     assert converted.fc.mine == 7
-    assert "hooks carried over: 1" in row(converted, "fc").note
+    assert row(converted, "fc").note.startswith("hooks carried over: 1; ")
 
 
 def test_a_layer_is_a_model():

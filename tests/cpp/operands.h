@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -117,6 +118,16 @@ inline std::vector<float> make_rows(Lcg& draw, Activation activation, int64_t ro
   return x;
 }
 
+// Static parameters, none of them half the time. With a scale of 1, `Values::kTies` are ties.
+inline std::optional<StaticActivation> make_fixed(Lcg& draw, Activation activation) {
+  constexpr float kScales[] = {0.0234f, 0.0234f, 1.0f, 0.00003f, 0x1p-126f, 0x1p126f, 3e30f};
+  constexpr int kZeros[] = {0, -128, 127, -1, 3};
+  const bool fixed = draw.one_in(2);
+  const StaticActivation drawn{draw.pick(kScales),
+                               activation == Activation::int8 ? draw.pick(kZeros) : 0};
+  return fixed ? std::optional(drawn) : std::nullopt;
+}
+
 inline constexpr Epilogue kAllEpilogues[] = {Epilogue::none, Epilogue::relu, Epilogue::relu6,
                                              Epilogue::hardswish};
 
@@ -202,6 +213,13 @@ inline std::string difference(const float* y, const float* expected, size_t coun
 inline std::string name(Format format, Activation activation) {
   return std::string(traits(format).name) + " weights, " +
          kActivations[static_cast<int>(activation)] + " activations, ";
+}
+
+inline std::string name(const std::optional<StaticActivation>& fixed) {
+  if (!fixed) return "dynamic";
+  std::ostringstream s;
+  s << "static " << fixed->scale << ", zero " << fixed->zero;
+  return s.str();
 }
 
 inline std::string name(Epilogue epilogue) {

@@ -50,17 +50,25 @@ void check(Lcg& draw, Format format, Activation activation, Conv2dGeometry g) {
   GuardedWeights weights(draw, format, g.out_channels, conv2d_depth(format, g), codes, groups,
                          draw.one_in(2), edge, g.blocks());
   weights.set(draw.pick(kAllEpilogues));
-  const std::string what =
-      describe(format, activation, g, groups) + ", " + name(weights.get().epilogue);
+  const std::optional<StaticActivation> fixed = make_fixed(draw, activation);
+  const StaticActivation* const given = fixed ? &*fixed : nullptr;
+  const std::string what = describe(format, activation, g, groups) + ", " +
+                           name(weights.get().epilogue) + ", " + name(fixed);
   const std::vector<float> x =
       make_rows(draw, activation, g.batch, g.height * g.width * g.channels);
   const size_t count = static_cast<size_t>(g.batch * g.out_height * g.out_width * g.out_channels);
   std::vector<float> expected(count);
-  reference::conv2d(x.data(), g, weights.get(), activation, expected.data());
+  reference::conv2d(x.data(), g, weights.get(), activation, expected.data(), given);
   const GuardedBuffer<float> in(x, edge);
+  Weights own = weights.get();
+  GuardedBuffer<float> bias(fixed ? static_cast<size_t>(own.n) : 0, edge);
   for (int threads : {1, 2, static_cast<int>(3 + draw.below(3))}) {
     GuardedBuffer<float> out(count, edge);
-    conv2d(in.data(), g, weights.get(), activation, out.data(), threads);
+    if (fixed) {
+      static_bias(weights.get(), g, *fixed, bias.data(), threads);
+      own.bias = bias.data();
+    }
+    conv2d(in.data(), g, own, activation, out.data(), threads, given);
     const std::string problem = difference(out.data(), expected.data(), count);
     CHECK_MESSAGE(problem.empty(), what << ", threads " << threads << ": " << problem);
     CHECK_MESSAGE(out.intact(), what << ", threads " << threads << ": wrote outside of y");

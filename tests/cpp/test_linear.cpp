@@ -14,14 +14,22 @@ using namespace lowbit::test;
 namespace {
 
 void check(const std::string& what, const std::vector<float>& x, int64_t m, const Weights& weights,
-           Activation activation, Edge edge, std::initializer_list<int> thread_counts) {
+           Activation activation, Edge edge, std::initializer_list<int> thread_counts,
+           const std::optional<StaticActivation>& fixed = std::nullopt) {
   const size_t count = static_cast<size_t>(m * weights.n);
   std::vector<float> expected(count);
-  reference::linear(x.data(), m, weights, activation, expected.data());
+  const StaticActivation* const given = fixed ? &*fixed : nullptr;
+  reference::linear(x.data(), m, weights, activation, expected.data(), given);
   const GuardedBuffer<float> in(x, edge);
+  Weights own = weights;
+  GuardedBuffer<float> bias(fixed ? static_cast<size_t>(weights.n) : 0, edge);
   for (int threads : thread_counts) {
     GuardedBuffer<float> out(count, edge);
-    linear(in.data(), m, weights, activation, out.data(), threads);
+    if (fixed) {
+      static_bias(weights, *fixed, bias.data(), threads);
+      own.bias = bias.data();
+    }
+    linear(in.data(), m, own, activation, out.data(), threads, given);
     const std::string problem = difference(out.data(), expected.data(), count);
     CHECK_MESSAGE(problem.empty(), what << ", threads " << threads << ": " << problem);
     CHECK_MESSAGE(out.intact(), what << ", threads " << threads << ": wrote outside of y");
@@ -46,8 +54,10 @@ void check_random(Lcg& draw, Format format, Activation activation, int64_t m, in
   GuardedWeights weights(draw, format, n, k, codes, groups, bias, edge);
   weights.set(draw.pick(kAllEpilogues));
   const std::vector<float> x = make_rows(draw, activation, m, k);
-  check(describe(format, activation, m, n, k, groups, bias) + ", " + name(weights.get().epilogue),
-        x, m, weights.get(), activation, edge, {1, 2, static_cast<int>(3 + draw.below(3))});
+  const std::optional<StaticActivation> fixed = make_fixed(draw, activation);
+  check(describe(format, activation, m, n, k, groups, bias) + ", " + name(weights.get().epilogue) +
+            ", " + name(fixed),
+        x, m, weights.get(), activation, edge, {1, 2, static_cast<int>(3 + draw.below(3))}, fixed);
 }
 
 }  // namespace
@@ -177,6 +187,26 @@ TEST_CASE("sums of the largest products, as deep as a narrow sum is and deeper")
                 activation, Edge::kEnd, {1});
         }
   });
+}
+
+TEST_CASE("products of the lowest codes of static activations") {
+  // -128 times -128 (a weight's lowest code), which dynamic activations never have.
+  for (const FormatTraits& f : kFormats) {
+    const auto format = static_cast<Format>(&f - kFormats);
+    Lcg draw(22);
+    for (int64_t k : {8, 32, 36, 168, 516, 2600})
+      for (int64_t m : {1, 2, 3, 5, 13})
+        for (Codes kind : {Codes::kLowest, Codes::kHighest}) {
+          constexpr int64_t kChannels = 34;
+          const std::vector<uint8_t> codes = make_codes(draw, format, kChannels * k, kind);
+          const GuardedWeights weights(draw, format, kChannels, k, codes, {}, true, Edge::kEnd);
+          std::vector<float> x(static_cast<size_t>(m * k), -1e30f);
+          for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(i)] = i % 2 ? 1e30f : -1e30f;
+          for (int zero : {0, -128, 127})
+            check(describe(format, Activation::int8, m, kChannels, k, {}, true), x, m,
+                  weights.get(), Activation::int8, Edge::kEnd, {1}, StaticActivation{0.5f, zero});
+        }
+  }
 }
 
 TEST_CASE("every float16 as a group scale and as a group zero") {

@@ -428,3 +428,52 @@ def test_several_inputs_and_outputs(images, monkeypatch):
     assert sqnr(wanted["both"][1], y["both"][1]) > 25
     with pytest.raises(TypeError, match="x, y"):
         found(images)
+
+
+def test_what_is_changed_in_place(images, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+            self.relu = nn.ReLU(inplace=True)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.body(self.relu(x))
+            y += x  # after the ReLU
+            return self.head(F.silu(y, inplace=True) + y)
+
+    check(Net(), monkeypatch, images)
+
+
+def test_values_of_another_batch(images, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.rows = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
+            self.side = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = self.stem(x).permute(0, 2, 3, 1).unflatten(1, (5, 2)).flatten(0, 1)
+            return F.relu(self.rows(y)).unflatten(0, (-1, 5)).sum((1, 2, 3)) + self.side(x).mean(
+                (2, 3)
+            )
+
+    found = check(Net(), monkeypatch, images, floats=FLOATS_OF_ROWS)
+    assert found(torch.randn(3, 3, 10, 4)).shape == (3, 8)
+
+
+FLOATS_OF_ROWS = ["unflatten", "flatten", "unflatten_1", "sum_1"]
+
+
+@pytest.mark.parametrize("slope", [0.3, 0.01])
+def test_tables_of_functions_that_do_not_saturate(slope, images, monkeypatch):
+    class Net(Between):
+        def forward(self, x):
+            return super().forward(20 * x)
+
+    model = Net(nn.LeakyReLU(slope))
+    with torch.no_grad():
+        model.first.bias -= 20
+    check(model, monkeypatch, images, floats=["mul"])
