@@ -48,15 +48,13 @@ def start_grid(problem: Problem) -> Grid:
 
 def compensate(problem: Problem, grid: Grid) -> Tensor:
     """GPTQ's levels [B, R, K] on a grid."""
-    w, h = problem.w.clone(), problem.hessian
+    w = problem.w.clone()
+    order, factor = problem.elimination
     scale = problem.spread(grid.scale)
     zero = None if grid.zero is None else problem.spread(grid.zero)
-    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     along = order[:, None].expand_as(w)
     w, scale = w.gather(2, along), scale.gather(2, along)
     zero = None if zero is None else zero.gather(2, along)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
-    factor = _inverse_factor(h)
     levels = torch.empty_like(w)
     k = w.shape[2]
     for begin in range(0, k, _BLOCK):
@@ -72,11 +70,3 @@ def compensate(problem: Problem, grid: Grid) -> Tensor:
             w[:, :, i:end] -= error[..., None] * factor[:, None, i, i:end]
         w[:, :, end:] -= errors @ factor[:, begin:end, end:]
     return torch.empty_like(levels).scatter_(2, along, levels)
-
-
-def _inverse_factor(h: Tensor) -> Tensor:
-    """Upper triangular U [B, K, K] with U^T U the inverse of h."""
-    lower = torch.linalg.cholesky(h.double())
-    inverse = torch.cholesky_inverse(lower)
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()

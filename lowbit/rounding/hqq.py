@@ -4,8 +4,8 @@ Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
 (mobiusml.github.io/hqq_blog). What rounding loses is measured by an l_p norm with p < 1, which
 cares little for outliers: it is split into a shrinkage of the error, which is exact, and a
 least-squares step for the grid. Here that step fits the scale as well as the zero, and what is
-kept is the grid with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each; without groups
-there is none, and the scale alone is fitted.
+kept is the grid with the least l_p error on the way. Groups get a zero (`weight_group_zero`) each;
+without groups there is none, and the scale alone is fitted.
 """
 
 from __future__ import annotations

@@ -132,16 +132,27 @@ def kernel_input(layer: Any, x: Tensor, rounded: bool = True) -> Tensor:
     """
     x = x.float()
     if isinstance(layer, lnn.Linear):
-        return fake_activation(x, layer.scheme.activation, (-1,)) if rounded else x
+        return _as_codes(layer, x, (-1,)) if rounded else x
     images: Tensor = layer._to_images(x)
     if layer.padding_mode != "zeros":  # the pixels that it is padded by are rounded with it
         images = layer._pad(images)
     if rounded:
-        images = fake_activation(images, layer.scheme.activation, (1, 2, 3))
+        images = _as_codes(layer, images, (1, 2, 3))
     if layer.padding_mode == "zeros":
         top, left, bottom, right = layer._pads()
         images = F.pad(images, [left, right, top, bottom])
     return images
+
+
+def _as_codes(layer: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x rounded to what its codes mean, with the gradient of x."""
+    activation = layer.scheme.activation
+    if not layer.scheme.static or activation == "binary":
+        return fake_activation(x, activation, dims)
+    scale, zero = float(layer.activation_scale), int(layer.activation_zero)
+    low, high = (-128, 127) if activation == "int8" else (-32639, 32639)
+    code = (x.detach() / scale).round_().add_(zero).clamp_(low, high)
+    return x + (code.sub_(zero).mul_(scale) - x.detach())
 
 
 def _patches(layer: Convolution, images: Tensor, random: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ convolution's groups are its blocks. Every row is a problem of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,10 +51,18 @@ class Problem:
     units: int
     valid: Tensor
 
-    @property
-    def rows(self) -> int:
-        """Rows of all blocks."""
-        return self.w.shape[0] * self.w.shape[1]
+    @cached_property
+    def elimination(self) -> tuple[Tensor, Tensor]:
+        """The order in which GPTQ rounds, largest diagonal of H first: int64 [B, K]; and U.
+
+        U is upper triangular [B, K, K] with U^T U the inverse of H in that order.
+        """
+        h = self.hessian
+        order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return order, factor.float()
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """What each row has per unit [N, units], for each weight: [B, R, K]."""

@@ -89,13 +89,13 @@ def test_large_images_give_some_of_their_positions():
 
 
 @pytest.mark.parametrize("module", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a1"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a1", "w4a8-static", "w4a16-static"])
 def test_rounded_rows_are_what_the_kernel_sees(module, scheme):
     """With the values of the codes they give the lowbit layer's outputs."""
-    layer = lowbit.quantize(module, scheme)
     x = images(2, 6, 7)
     x = x[:, :, 0] if isinstance(module, nn.Conv1d) else x
     x = x.movedim(1, -1) if isinstance(module, nn.Linear) else x
+    layer = lowbit.quantize(module, scheme, calibration=[x] if "static" in scheme else None)
     rows = rows_of(layer, x, 0, rounded=True)
     matrix = dequantize_weight(layer.quantized_weight())
     found = rows @ matrix.view(len(rows), -1, matrix.shape[1]).transpose(1, 2)
@@ -138,6 +138,15 @@ def test_outputs_on_other_data_come_nearer(scheme):
     assert type(better.features[0]) is lowbit.nn.Conv2d
     assert better.features[0].scheme.name == scheme
     assert better.features[0].epilogue == "relu"
+
+
+def test_static_activations_and_weights_learn_from_the_same_data():
+    model = Net()
+    plain = lowbit.quantize(model, "w2a8-static", calibration=data())
+    better = lowbit.quantize(model, "w2a8-static-descent", calibration=data())
+    assert error(model, better) < 0.7 * error(model, plain)
+    assert better.head.scheme.name == "w2a8-static-descent"
+    assert float(better.head.activation_scale) > 0
 
 
 def test_the_same_in_place_by_a_generator_and_in_a_file(tmp_path):
@@ -266,3 +275,42 @@ def test_a_group_of_convolutions_has_moments_of_its_own():
     expected = torch.stack([r.double().T @ r.double() / 50 for r in rows])
     torch.testing.assert_close(moments.hessian(False).double(), expected, rtol=1e-5, atol=1e-6)
     assert dequantize_weight(layer.quantized_weight()).shape == (8, 18)
+
+
+def test_a_bare_layer_and_other_dtypes():
+    x = [torch.randn(50, 24) @ torch.randn(24, 24) for _ in range(3)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        layer = nn.Linear(24, 8).to(dtype)
+        batches = [batch.to(dtype) for batch in x]
+        plain = lowbit.quantize(layer, "w2a8")
+        better = lowbit.quantize(layer, "w2a8-gptq", calibration=batches)
+        with torch.no_grad():
+            wanted = layer(batches[0]).float()
+            errors = [(side(batches[0]).float() - wanted).norm() for side in (better, plain)]
+        assert errors[0] < errors[1]
+
+
+def test_tied_weights_are_rounded_for_the_inputs_of_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    model[2].weight = model[0].weight
+    x = [torch.randn(64, 16) for _ in range(3)]
+    q = lowbit.quantize(model, "w2a8-gptq", calibration=x)
+    assert q[0].weight_packed is not q[2].weight_packed
+    assert not torch.equal(q[0].weight_packed, q[2].weight_packed)
+    plain = lowbit.quantize(model, "w2a8", calibration=x, correct_bias=True)
+    assert plain[0].weight_packed is plain[2].weight_packed
+
+
+def test_a_model_that_takes_another_path_is_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.one(x) if self.calls > 2 else self.two(self.one(x))
+
+    with pytest.raises(ValueError, match="takes the same path each time"):
+        lowbit.quantize(Fickle(), "w4a8-gptq", calibration=[torch.randn(8, 4)] * 2)

@@ -17,6 +17,7 @@ from lowbit.benchmark.runner import SavedCase
 from lowbit.convert import quantize
 from lowbit.quality import floating_tensors
 from lowbit.report import summary
+from lowbit.rounding.equalize import equalize
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Method:
         data: whether the calibration data are given.
         goal: the issue's target that this method stands for: its row's key in `Network.targets`.
         text: what the row says beside the scheme.
+        equalized: whether channels are equalized first, what is ReLU6 becoming ReLU.
     """
 
     scheme: str
@@ -38,6 +40,7 @@ class Method:
     overrides: Mapping[str, str] = field(default_factory=dict)
     goal: str = ""
     text: str = ""
+    equalized: bool = False
 
     @property
     def label(self) -> str:
@@ -77,8 +80,8 @@ def _first(output: Any) -> Tensor:
 
 
 _MIXED = {
-    "re:_conv_stem|.*_depthwise_conv": "w8a8-gptq",
-    "_fc": "w2a8-g32-descent",
+    "_fc": "w2a8-g64-descent",
+    r"re:_conv_stem|_blocks\.[0-7]\._(expand|project)_conv": "w8a8",
 }
 
 
@@ -118,9 +121,11 @@ NETWORKS: Mapping[str, Network] = {
         {"w8a8": 98.0, "w4a8": 85.0, "mixed": 93.0},
         [
             Method("w8a8", goal="w8a8"),
+            *_curve("w8a8", "w8a8", "gptq+bias"),
             *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
+            Method("w4a8", goal="w4a8", text="equalized", equalized=True),
             Method("w4a8-descent", True, {}, _MIXED, "mixed", "mixed"),
         ],
         _first,
@@ -234,10 +239,11 @@ def measure(case: QualityCase) -> QualityResult:
     network, method = NETWORKS[case.quality], case.chosen
     model: nn.Module = network.data.load()
     options: dict[str, Any] = dict(method.options)
+    source = equalize(model, relu6="relu") if method.equalized else model
     if method.data:
         options["calibration"] = network.data.calibration()
     begin = time.perf_counter()
-    quantized = quantize(model, method.scheme, overrides=dict(method.overrides), **options)
+    quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
     tests = network.data.tests()
     with torch.inference_mode():

@@ -1,0 +1,160 @@
+"""What the quality page is made of: its cases, its data, its tables."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.benchmark import worker
+from lowbit.benchmark.quality import clothes, page, photographs, sentences, study
+from lowbit.benchmark.quality.study import Method, Network, QualityCase, QualityResult, measure
+from lowbit.demo.photographs import PHOTOS
+from lowbit.schemes import Scheme
+
+
+def test_every_case_is_a_method_of_its_own():
+    cases = study.cases()
+    assert len({case.key for case in cases}) == len(cases)
+    for case in cases:
+        method = case.chosen
+        assert method.label == case.method
+        assert method.goal in study.NETWORKS[case.quality].targets or not method.goal
+        for scheme in (method.scheme, *method.overrides.values()):
+            Scheme.parse(scheme)
+
+
+def test_every_target_has_a_method():
+    for network in study.NETWORKS.values():
+        assert {m.goal for m in network.methods if m.goal} == set(network.targets)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A network of one layer, whose score is the relative error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = [torch.randn(64, 32) @ torch.randn(32, 32) for _ in range(4)]
+    data = SimpleNamespace(
+        load=lambda: model,
+        calibration=lambda: x[:2],
+        tests=lambda: x[2:],
+        score=lambda wanted, found: float((wanted - found).norm() / wanted.norm()),
+    )
+    methods = [Method("w2a8", goal="small"), Method("w2a8-gptq", True, goal="small")]
+    network = Network("Tiny", data, "error", -1, {"small": 0.5}, methods, lambda output: output)
+    monkeypatch.setattr(study, "NETWORKS", {"tiny": network})
+    monkeypatch.setattr(page, "NETWORKS", {"tiny": network})
+    monkeypatch.setattr(page, "NOTES", {"tiny": "A note."})
+    return network
+
+
+def test_a_measurement(tiny):
+    plain, better = (measure(QualityCase("tiny", label)) for label in ("w2a8", "w2a8-gptq"))
+    assert 0 < better.score < plain.score < 1
+    assert plain.size == better.size
+    assert plain.float_size == 4 * (32 * 8 + 8 + 8 * 4 + 4)
+    assert better.seconds > 0
+
+
+def test_the_worker_runs_it(tiny, monkeypatch, capfd):
+    case = QualityCase("tiny", "w2a8")
+    kept = {}
+    monkeypatch.setattr(worker.os, "dup2", lambda *files: None)
+    monkeypatch.setattr(worker, "hold", lambda isa: kept.update(isa=isa))
+    worker.main([json.dumps(case.options([case]))])
+    assert kept == {"isa": None}
+    line = json.loads(capfd.readouterr().out)
+    assert line["score"] == measure(case).score
+
+
+def lines(**scores):
+    return [
+        {
+            "case": {"quality": "tiny", "method": label},
+            "result": QualityResult(score, 100, 400, 2.0, 1).to_dict(),
+        }
+        for label, score in scores.items()
+    ]
+
+
+def test_the_page_says_what_was_reached(tiny):
+    found = page.results([*lines(w2a8=0.75), {"case": {"shape": [1, 2]}, "result": {}}])
+    text = page.page(found, "a command")
+    assert "Written by `a command`." in text
+    assert "| w2a8     |        |  0.7500 |      0.5 | no    |     100 |         2 |" in text
+    assert "small: target 0.5 not reached, 0.7500 with w2a8." in text
+    both = page.results(lines(**{"w2a8": 0.75, "w2a8-gptq": 0.25}))
+    assert "small: target 0.5 reached, 0.2500 with w2a8-gptq." in page.page(both, "a command")
+
+
+def test_a_target_without_a_measurement_is_named(tiny):
+    tiny.methods.append(Method("w8a8"))
+    found = page.results(lines(w8a8=0.1))
+    assert "small: not measured." in page.page(found, "a command")
+
+
+def test_photographs_to_test_are_not_those_to_calibrate_with():
+    tested = {(photo.package, photo.file) for photo in PHOTOS}
+    assert not tested & set(photographs.CALIBRATION)
+    motifs = {file.rsplit("/", 1)[1].split("_")[0] for _, file in photographs.CALIBRATION}
+    assert "motorcycle" not in motifs  # both sides of that stereo pair show the same
+
+
+def test_crops_are_the_same_every_time():
+    pytest.importorskip("skimage")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    one, two = photographs.tests(), photographs.tests()
+    assert sum(map(len, one)) == photographs.TEST_CROPS * len(PHOTOS)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert one[0].shape == (8, 3, 224, 224)
+    assert one[0].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(one[0][0], one[0][1])
+    assert -1.0 <= float(one[0].min()) < float(one[0].max()) <= 1.01
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(photographs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        photographs._path("sklearn", "datasets/images/china.jpg")
+
+
+def test_agreement():
+    wanted = torch.eye(4)
+    found = wanted.clone()
+    found[0] = torch.tensor([0.0, 1, 0, 0])
+    assert photographs.score(wanted, found) == 75.0
+
+
+def test_sentences_are_of_different_texts():
+    calibration, tested = (
+        sentences.sentences(sentences.CALIBRATION),
+        sentences.sentences(sentences.TESTS),
+    )
+    assert min(len(calibration), len(tested)) >= sentences.TEST_COUNT
+    assert len(set(calibration) & set(tested)) < 0.01 * len(tested)
+    assert len(set(calibration)) == len(calibration)
+    for text in (*calibration, *tested):
+        assert text[0].isupper()
+        assert text[-1] in ".!?"
+        assert 6 <= len(text.split()) <= 40
+    assert sentences.sentences(sentences.CALIBRATION) == calibration
+
+
+def test_cosine_of_embeddings():
+    x = torch.randn(5, 8)
+    assert sentences.score(x, 3 * x) == pytest.approx(1.0)
+    assert sentences.score(x, -x) == pytest.approx(-1.0)
+    hidden = torch.arange(12.0).view(1, 3, 4)
+    output = SimpleNamespace(last_hidden_state=hidden)
+    assert sentences.embedding(output).tolist() == [[4.0, 5.0, 6.0, 7.0]]
+
+
+def test_points_lost(monkeypatch):
+    labels = torch.tensor([0, 1, 2, 3])
+    monkeypatch.setattr(clothes, "load_images", lambda split: SimpleNamespace(labels=labels))
+    wanted = torch.eye(4)
+    found = wanted.clone()
+    found[0] = found[1]
+    assert clothes.score(wanted, found) == 25.0
