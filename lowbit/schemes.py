@@ -61,8 +61,8 @@ class Scheme:
             `static`.
         group_size: weights along K that share a scale, a multiple of 32; None for one scale per
             output channel.
-        quantizer: how scales and codes are chosen, see `lowbit.quantizers`. None takes the
-            default of the weight format.
+        quantizer: how scales and codes are chosen, see `lowbit.quantizers` and `lowbit.rounding`.
+            None takes the default of the weight format.
         static: whether activations have one scale, and int8 ones a zero point, that calibration
             found, the same for every input of the layer: faster, since the input is read once.
 

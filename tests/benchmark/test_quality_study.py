@@ -43,7 +43,7 @@ def tiny(monkeypatch):
         score=lambda wanted, found: float((wanted - found).norm() / wanted.norm()),
     )
     methods = [Method("w2a8", goal="small"), Method("w2a8-gptq", True, goal="small")]
-    network = Network("Tiny", data, "error", -1, {"small": 0.5}, methods, lambda output: output)
+    network = Network("Tiny", data, "error", -1, {"small": 0.5}, methods, lambda output: output, 3)
     monkeypatch.setattr(study, "NETWORKS", {"tiny": network})
     monkeypatch.setattr(page, "NETWORKS", {"tiny": network})
     monkeypatch.setattr(page, "NOTES", {"tiny": "A note."})
@@ -83,10 +83,14 @@ def test_the_page_says_what_was_reached(tiny):
     found = page.results([*lines(w2a8=0.75), {"case": {"shape": [1, 2]}, "result": {}}])
     text = page.page(found, "a command")
     assert "Written by `a command`." in text
-    assert "| w2a8     |        |  0.7500 |      0.5 | no    |     100 |         2 |" in text
-    assert "small: target 0.5 not reached, 0.7500 with w2a8." in text
-    both = page.results(lines(**{"w2a8": 0.75, "w2a8-gptq": 0.25}))
-    assert "small: target 0.5 reached, 0.2500 with w2a8-gptq." in page.page(both, "a command")
+    assert "| w2a8     |        |   0.750 |      0.5 | no    |     100 |         2 |" in text
+    assert "small: target 0.5 not reached, 0.750 with w2a8." in text
+    tiny.methods.append(Method("w8a8"))
+    both = page.results(lines(**{"w2a8": 0.75, "w2a8-gptq": 0.25, "w8a8": 0.1}))
+    both["tiny", "w8a8"] = QualityResult(0.1, 200, 400, 2.0, 1)
+    assert "small: target 0.5 reached, 0.250 with w2a8-gptq, 50.0 % of w8a8's bytes." in page.page(
+        both, "a command"
+    )
 
 
 def test_a_target_without_a_measurement_is_named(tiny):

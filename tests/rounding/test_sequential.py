@@ -149,8 +149,9 @@ def test_static_activations_and_weights_learn_from_the_same_data():
     assert float(better.head.activation_scale) > 0
 
 
-def test_the_same_in_place_by_a_generator_and_in_a_file(tmp_path):
-    model, scheme = Net(), "w4a8-gptq"
+@pytest.mark.parametrize("scheme", ["w4a8-gptq", "w2a8-g32-descent"])
+def test_the_same_in_place_by_a_generator_and_in_a_file(scheme, tmp_path):
+    model = Net()
     copied = lowbit.quantize(model, scheme, calibration=data(), correct_bias=True)
     again = copy.deepcopy(model)
     lowbit.quantize_(again, scheme, calibration=(batch for batch in data()), correct_bias=True)

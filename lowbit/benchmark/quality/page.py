@@ -50,7 +50,7 @@ def table(network: Network, rows: Sequence[tuple[Method, QualityResult]]) -> str
             [
                 method.label,
                 "yes" if method.data else "",
-                _number(result.score),
+                f"{result.score:.{network.digits}f}",
                 "" if target is None else f"{target:g}",
                 met,
                 f"{result.size:,}",
@@ -69,14 +69,16 @@ def verdict(network: Network, goal: str, rows: Sequence[tuple[Method, QualityRes
         return f"{goal}: not measured."
     method, best = max(own, key=lambda row: network.better * row[1].score)
     reached = "reached" if network.meets(goal, best.score) else "not reached"
-    return (
-        f"{goal}: target {network.targets[goal]:g} {reached}, {_number(best.score)} with "
-        f"{method.label}."
+    text = (
+        f"{goal}: target {network.targets[goal]:g} {reached}, "
+        f"{best.score:.{network.digits}f} with {method.label}"
     )
-
-
-def _number(score: float) -> str:
-    return f"{score:.4f}" if abs(score) <= 1 else f"{score:.1f}"
+    full = next((r for m, r in rows if m.label == "w8a8"), None)
+    return (
+        f"{text}."
+        if full is None
+        else f"{text}, {100 * best.size / full.size:.1f} % of w8a8's bytes."
+    )
 
 
 INTRODUCTION = (

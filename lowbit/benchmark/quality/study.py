@@ -60,6 +60,7 @@ class Network:
         targets: goal -> score to reach.
         methods: in the order of the table.
         output: the tensor that is scored, of what the model returns.
+        digits: of the score that mean something.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Network:
     targets: Mapping[str, float]
     methods: Sequence[Method]
     output: Callable[[Any], Tensor]
+    digits: int = 1
 
     def meets(self, goal: str, score: float) -> bool:
         """Whether a score reaches a target."""
@@ -144,6 +146,7 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w2a8-g32", "w2a8-g32", "descent+blocks"),
         ],
         sentences.embedding,
+        4,
     ),
     "fashion": Network(
         "Fashion-MNIST, a convolution network of 66,000 weights",
@@ -162,6 +165,7 @@ NETWORKS: Mapping[str, Network] = {
             ),
         ],
         _first,
+        2,
     ),
 }
 
