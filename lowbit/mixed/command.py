@@ -153,7 +153,7 @@ def _prepare(
     task = task_of(arguments.task)
     calibration = None
     if arguments.calibration is not None:
-        calibration, _ = read_inputs(arguments.calibration)
+        calibration, _ = read_inputs(arguments.calibration, "--calibration")
     factory = find(arguments.model)
     model = build(factory, arguments.model)
     if arguments.inputs is not None:
