@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def main() -> int:
     add("--test-crops", type=int, default=default.test_crops, metavar="N", help="and to test")
     add("--observers", type=lambda text: tuple(text.split(",")), default=default.observers)
     add("--no-symmetric", dest="symmetric", action="store_false", help="affine activations alone")
-    add("--no-graph", dest="graph", action="store_false", help="run it layer by layer alone")
+    add("--graph", action="store_true", help="also captured as a graph")
     add("--json", action="store_true", help="print one JSON document")
     add("--page", type=Path, metavar="FILE", help="write the table as Markdown, too")
     given = vars(parser.parse_args())
@@ -27,7 +28,8 @@ def main() -> int:
         print(f"calibration.py: error: {error}", file=sys.stderr)
         return 1
     if page is not None:
-        page.write_text(result.page(f"python bench/calibration.py --page {page}"))
+        # As it was called: other options give another page.
+        page.write_text(result.page(shlex.join(["python", *sys.argv])))
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
     return 0
 

@@ -197,18 +197,18 @@ def label(name: str) -> tuple[tuple[int, ...], str] | None:
         if rows not in (1, 2, 4, 8):
             return None
         return (rows, -bits), f"{width(bits)}, {rows} x {regs * 4}"
-    if m := re.match(r"MatrixDot<(\d), \d, (\d), (?:true|false)>::add_steps", name):
-        bits, rows = int(m[1]), int(m[2])
-        if rows not in (4, 8):
+    if m := re.match(r"MatrixDot<(\d), \d, (\d+), (\d), (?:true|false)>::add_steps", name):
+        bits, rows, regs = int(m[1]), int(m[2]), int(m[3])
+        if rows not in (4, 8, 12, 16):
             return None
-        return (rows, -bits), f"{width(bits)}, {rows} x 8"
+        return (rows, -bits), f"{width(bits)}, {rows} x {regs * 4}"
     if m := re.match(r"Xnor<false>::add_steps<([124])>", name):
         return (int(m[1]), 1), f"W1A1, {m[1]} x 16"
-    if m := re.match(r"depthwise_panel<(\d), (\d), (\d)>", name):
+    if m := re.match(r"sum_run<(\d), (\d), (\d), true, PutOutputs<", name):
         taps, quads, rows = (int(m[i]) or "any" for i in (1, 2, 3))
-        return (9, int(m[1]), int(m[3])), f"depthwise, {taps} x {quads} taps, {rows} x 16"
+        return (90, int(m[1]), int(m[3])), f"depthwise, {taps} x {quads} taps, {rows} x 4"
     if name == "grouped_tile":
-        return (10,), "grouped, 4 x 16"
+        return (100,), "grouped, 4 x 16"
     return None
 
 

@@ -10,6 +10,7 @@ namespace {
 
 // Floats on their way to codes stay in the first cache.
 constexpr int64_t kRun = 1024;
+constexpr int64_t kRowsAhead = 3;
 
 // What all of them have in common: rows of `to` are shared.
 class CodeStep : public Executor {
@@ -77,6 +78,11 @@ class Quantize : public CodeStep {
 
   uint32_t dense_row(const Frame& frame, const float* x, int64_t y) const {
     int8_t* q = to_.pixel(frame.arena, y, 0);
+    // Inputs come from far away: some rows ahead they are fetched.
+    const int64_t floats = to_.width * to_.channels;
+    if (y + kRowsAhead < to_.height)
+      for (int64_t i = 0; i < floats; i += kVectorBytes / 4)
+        __builtin_prefetch(x + kRowsAhead * floats + i);
     if (to_.pitch == to_.channels) return codes(x, to_.width * to_.channels, q);
     uint32_t largest = 0;
     for (int64_t i = 0; i < to_.width; ++i, q += to_.pitch, x += to_.channels)

@@ -14,7 +14,7 @@ namespace {
 // What a block of rows reads stays in the second cache.
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
-constexpr int64_t kCentredPixels = 32;
+constexpr int64_t kCentredPixels = 16;
 
 class ConvStep : public Executor {
  public:

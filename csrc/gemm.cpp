@@ -92,7 +92,6 @@ class Block {
     if (!weights.bias) std::fill_n(bias_, bias, 0.0f);
 
     tile_.tall = tall_;
-    tile_.lowest = rows.lowest || rows.planes == 2;
     tile_.planes = rows.planes;
     tile_.pitch = rows.pitch;
     tile_.panel_stride = depth.steps * kVectorBytes;

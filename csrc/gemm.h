@@ -48,8 +48,7 @@ struct Depth {
 // The activations of some rows; row r, plane p lies at (r * planes + p) * pitch.
 struct Rows {
   int64_t count = 0;
-  int planes = 1;       // 2: int16 as hi, lo
-  bool lowest = false;  // codes may be -128 (the low bytes of int16 ones always)
+  int planes = 1;  // 2: int16 as hi, lo
   const int8_t* codes =
       nullptr;  // zero from K to the end of the last step; null where bits are used
   const uint32_t* bits = nullptr;  // W1A1: 1 where x < 0, so that bit w != bit a is an agreement

@@ -85,7 +85,6 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
   Rows rows;
   rows.count = count;
   rows.planes = planes;
-  rows.lowest = images_.lowest();
   rows.scale = scale_;
   rows.sums = sums_;
   rows.pitch = bits ? pitch_ / 4 : pitch_;

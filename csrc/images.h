@@ -49,8 +49,7 @@ class Images {
   int64_t width() const { return width_; }
   int64_t row_pixels() const { return row_pixels_; }  // from a row to the next
   bool view() const { return view_; }
-  int64_t group_bytes() const { return group_bytes_; }   // from a pixel's group to the next one
-  bool lowest() const { return fixed_.fixed || view_; }  // codes may be -128
+  int64_t group_bytes() const { return group_bytes_; }  // from a pixel's group to the next one
   float scale(int64_t image) const {
     return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];
   }

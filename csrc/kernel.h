@@ -37,7 +37,6 @@ struct Tile {
   int rows;                     // of codes or bits: an int16 activation is two (hi, lo)
   int panels;                   // of 16 channels, `panel_stride` bytes apart
   bool tall;                    // up to tall_mr rows, and any number of panels
-  bool lowest;                  // codes may be -128
   const int8_t* codes;          // activations (dot)
   const uint32_t *bits, *mask;  // the same (xnor): 1 where x < 0; which of them count, null: all
   ptrdiff_t pitch;              // of a row, in elements of codes or bits

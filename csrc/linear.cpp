@@ -105,7 +105,6 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
     Rows rows;
     rows.count = std::min(m, r.end * tile_rows) - first;
     rows.planes = planes(activation);
-    rows.lowest = fixed.fixed;
     rows.pitch = buffers.pitch;
     if (buffers.bits)
       rows.bits = buffers.bits + first * buffers.pitch;

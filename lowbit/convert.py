@@ -106,10 +106,10 @@ def quantize(
         overrides=overrides,
         filter_fn=filter_fn,
         fuse=fuse,
-        graph=not learning.rounds,
+        graph=not learning.block_steps,
     )
-    if learning.rounds:
-        add_note(prepared, "runs layer by layer: its weights learn from the data, too")
+    if learning.block_steps:
+        add_note(prepared, "runs layer by layer: its blocks learn from the data, too")
     learning.calibrate(prepared)
     return deploy.calibrated_copy(prepared, learning.round)
 
@@ -396,11 +396,12 @@ class _Learning:
 
     def example(self) -> Any:
         """The first batch, to capture a graph with; None where that is not done."""
-        if self.forward_fn is not None or self.rounds:
+        if self.forward_fn is not None or self.block_steps:
             return None
         source = batches(self.data, self.steps)
         first = next(source)
-        self.data = itertools.chain([first], source)
+        if not self.rounds:  # else the data are read again
+            self.data = itertools.chain([first], source)
         return first
 
     def calibrate(self, prepared: nn.Module) -> None:

@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_tested_images(monkeypatch):
     import lowbit
     from lowbit.quality import measure
 
-    options = Options(crops=3, test_crops=2, observers=("minmax",), symmetric=False)
+    options = Options(crops=3, test_crops=2, observers=("minmax",), symmetric=False, graph=True)
     found = run(options).qualities["crops"]
     model = calibration.load_model()
     learned = [random_crops(photo, 3) for photo in PHOTOS[:2]]

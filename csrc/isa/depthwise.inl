@@ -90,6 +90,9 @@ LOWBIT_INLINE void make_columns(const DepthwiseTile& t, int panel) {
   }
 }
 
+#ifdef LOWBIT_SIGNED_DOT
+#include "neon_depthwise.inl"
+#else
 // So many registers may hold weights; an ISA of two for a vector has 16 in all.
 constexpr int kHeldWeights = kRegs == 2 ? 0 : 20;
 
@@ -182,6 +185,7 @@ void depthwise_panel(const DepthwiseTile& t, int panel) {
         float_store(y + r * row + v * kLanes, fmadd(to_float(acc[r][v]), scale[v], bias[v]));
   }
 }
+#endif
 
 template <int Taps, int Quads>
 void depthwise_rows(const DepthwiseTile& t) {

@@ -141,7 +141,7 @@ struct CentredDot {
     const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
     const int64_t steps = t.steps;
     const int fetch = t.fetch;
-    const Reg flip = bytes(-128);
+    const Reg flip = bytes(0x80);
     const auto seed = reinterpret_cast<const uint8_t*>(t.seed + panel * kPanel);
     Reg sum[C][MR][V];
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) LOWBIT_UNROLL for (int r = 0; r < MR; ++r)

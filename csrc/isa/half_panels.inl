@@ -1,12 +1,11 @@
-// What the NEON kernels share: tiles as wide as half a panel, offsets of centred codes. Part of
+// What the NEON kernels share: tiles narrower than a panel, offsets of centred codes. Part of
 // microkernel.inl.
 
 constexpr int kHalf = kPanel / 2;
 
-// Half a panel: 8 channels from its `first` on.
-inline Tile half_of(const Tile& t, int half) {
+// The channels of a panel from its `first` on.
+inline Tile channels_of(const Tile& t, int first) {
   Tile part = t;
-  const int first = half * kHalf;
   part.w += first * 4;
   if (t.sums) part.sums += first;
   if (t.group_scale) part.group_scale += first;

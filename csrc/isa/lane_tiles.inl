@@ -37,7 +37,7 @@ struct Dot {
     constexpr int V = MR <= kDotRows / 2 ? kRegs : kRegs / 2;
     for (int half = 0; half < kRegs / V; ++half)
       sum_groups<MR, V>(
-          half_of(t, half), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+          channels_of(t, half * kHalf), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
             const uint8_t* w = t.w + panel * t.panel_stride;
             LaneDot<B, S, MR, V>::add_steps(w + first * kVectorBytes + half * kHalf * 4,
                                             ahead_of(t, panel) - w, t.codes + first * P * 4,
@@ -50,7 +50,7 @@ struct Dot {
     constexpr int V = kRegs / 2;
     for (int half = 0; half < 2; ++half)
       sum_groups<MR, V>(
-          half_of(t, half), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+          channels_of(t, half * kHalf), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
             LaneDot<0, S, MR, V>::add_steps(t.room + half * half_bytes + first * P * kHalf * 4, 0,
                                             t.codes + first * P * 4, t.pitch, steps * P, sum);
           });

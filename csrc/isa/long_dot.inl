@@ -114,6 +114,20 @@ struct LongDot<8, S, MR, V, Any> {
   }
 };
 
+// Whether an activation is -128: the low byte of an int16 one, a static one, what stands where the
+// weights are padding.
+inline bool has_least(const Tile& t) {
+  int8x16_t least = vdupq_n_s8(0);
+  for (int r = 0; r < t.rows; ++r) {
+    const int8_t* a = t.codes + r * t.pitch;
+    const int64_t k = t.steps * 4;
+    int64_t i = 0;
+    for (; i + kRegBytes <= k; i += kRegBytes) least = vminq_s8(least, vld1q_s8(a + i));
+    for (; i < k; i += 4) least = vminq_s8(least, signed_bytes(broadcast(a + i)));
+  }
+  return vminvq_s8(least) == -128;
+}
+
 template <int B, int S>
 struct Dot {
   static void run(const Tile& tile) {
@@ -124,7 +138,7 @@ struct Dot {
       t.offset = offsets;
       t.offset_pitch = t.groups;
     }
-    const bool any = B == 8 && t.lowest;
+    const bool any = B == 8 && has_least(t);
     for (int p = 0; p < t.panels; ++p)
       over_rows(t, kLongRows, [&](const Tile& part, int rows) {
         with_rows<1, kLongRows>(rows, [&](auto mr) {
@@ -142,7 +156,7 @@ struct Dot {
     constexpr int V = MR <= kLongRows / 2 ? kRegs : kRegs / 2;
     for (int half = 0; half < kRegs / V; ++half)
       sum_groups<MR, V>(
-          half_of(t, half), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
+          channels_of(t, half * kHalf), panel, [&](int64_t first, int64_t steps, Reg(&sum)[MR][V]) {
             const uint8_t* w = t.w + panel * t.panel_stride;
             LongDot<B, S, MR, V, Any>::add_steps(w + first * kVectorBytes + half * kHalf * 4,
                                                  ahead_of(t, panel) - w, t.codes + first * (32 / B),

@@ -7,7 +7,19 @@
 #define LOWBIT_SIGNED_DOT
 #include "neon.inl"
 
-// acc += the products of the low, the high eight bytes
+// The products of the low, the high eight bytes. Assembly: the low half of a register that stays is
+// a register of its own to GCC 12.
+inline int16x8_t products_low(int8x16_t u, int8x16_t a) {
+  int16x8_t r;
+  asm("smull %0.8h, %1.8b, %2.8b" : "=w"(r) : "w"(u), "w"(a));
+  return r;
+}
+inline int16x8_t products_high(int8x16_t u, int8x16_t a) {
+  int16x8_t r;
+  asm("smull2 %0.8h, %1.16b, %2.16b" : "=w"(r) : "w"(u), "w"(a));
+  return r;
+}
+// acc += these
 inline void multiply_low(int16x8_t& acc, int8x16_t u, int8x16_t a) {
   asm("smlal %0.8h, %1.8b, %2.8b" : "+w"(acc) : "w"(u), "w"(a));
 }

@@ -108,7 +108,7 @@ def _photographs() -> tuple[list[Tensor], list[Tensor]]:
     from lowbit.demo.photographs import PHOTOS, load_views, random_crops
 
     learned = torch.stack([random_crops(photo, 10, seed=0) for photo in PHOTOS], dim=1)
-    tested = [torch.cat([load_views(p), random_crops(p, 10, seed=1)]) for p in PHOTOS]
+    tested = [torch.cat([load_views(p), random_crops(p, 20, seed=1)]) for p in PHOTOS]
     return list(torch.split(learned.flatten(0, 1), 6)), tested
 
 

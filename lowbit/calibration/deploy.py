@@ -47,7 +47,7 @@ def calibrated_copy(prepared: nn.Module, learn: Learn | None = None) -> nn.Modul
     `learn` is given the folded float model and the plan for it: layers that it makes are taken.
     """
     if isinstance(prepared, PreparedNetwork):
-        return prepared.convert()
+        return prepared.convert(learn)
     layers = _checked(prepared)
     reattach = detach(prepared)
     try:

@@ -68,7 +68,8 @@ def prepare(
         ValueError: as `lowbit.quantize`; the model is prepared already; no layer's scheme is
             static; an unknown observer.
     """
-    if any(isinstance(m, QATLayer) or preparation_of(m) is not None for m in model.modules()):
+    kinds = (QATLayer, ObserverModule)
+    if any(isinstance(m, kinds) or preparation_of(m) is not None for m in model.modules()):
         raise ValueError(
             "the model is prepared already: calibrate it, or prepare the float model that it was "
             "made of"

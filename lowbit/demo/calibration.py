@@ -50,7 +50,7 @@ class Options:
     test_crops: int = 30
     observers: tuple[str, ...] = tuple(OBSERVERS)
     symmetric: bool = True
-    graph: bool = True
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ class Calibrations:
             f"{SPLITS[split]}: {count} test images, {self.calibration_images[split]} to calibrate"
             for split, count in counts.items()
         )
+        graph = (
+            " Static schemes run layer by layer, or, in the rows so called, captured as a graph, "
+            "whose codes flow between layers."
+        )
         best = {split: self._best(split) for split in self.qualities}
         return "\n".join(
             [
@@ -103,8 +107,7 @@ class Calibrations:
                 f"of {BATCH}, and tested on others. Other photographs: calibrated on three of the "
                 "six, tested on the other three, and the other way round. Other crops: calibrated "
                 f"on random crops of all six, tested on the views and on other crops. ({shown}.)"
-                " Static schemes run layer by layer, or, in the rows so called, captured as a "
-                "graph, whose codes flow between layers.",
+                f"{graph if self.options.graph else ''}",
                 "",
                 self._table("github"),
                 "",

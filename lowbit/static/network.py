@@ -18,6 +18,7 @@ from lowbit.static.node import Node, references, replace
 from lowbit.static.stages import Segment, coded_values, make_stages
 
 _CACHES = ("_plans", "_affines")
+_MOST_PLANS = 64  # sizes of inputs times segments; the oldest goes
 
 
 class Scope(nn.Module):
@@ -210,6 +211,8 @@ class Network(nn.Module):
             }
             plan = _Plan(lower(stage.nodes, sizes, stage.outputs, self), self.make_program)
             self._plans[key] = plan
+            if len(self._plans) > _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
         return plan
 
     # --- What programs are made of ---------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from lowbit.convert import carried_state, carry_over, name_layer
 from lowbit.nn import Conv2d
 from lowbit.nn.base import QuantizedLayer
 from lowbit.observers import Affine
+from lowbit.plan import Plan, plan_layers
 from lowbit.report import Entry, entry_of, set_entry
+from lowbit.schemes import Scheme
 from lowbit.static.capture import Graph, NotCaptured, capture
 from lowbit.static.network import Network
 from lowbit.static.node import Node
@@ -75,8 +78,11 @@ class PreparedNetwork(nn.Module):
             )
         return _Observing(self).run(*(given[name] for name in arguments))
 
-    def convert(self) -> Network:
+    def convert(self, learn: Callable[[nn.Module, Plan], None] | None = None) -> Network:
         """The network in integers of what was observed, in eval mode.
+
+        Args:
+            learn: is given the float model and the plan for it: layers that it makes are taken.
 
         Raises:
             ValueError: nothing was observed.
@@ -85,7 +91,10 @@ class PreparedNetwork(nn.Module):
         if any(observer.seen == 0 for observer in [*values.values(), *layers.values()]):
             raise ValueError("the model is not calibrated: run lowbit.calibrate(prepared, data)")
         affines = {name: observer.parameters() for name, observer in values.items()}
-        return Conversion(self, affines).run()
+        conversion = Conversion(self, affines)
+        if learn is not None:
+            conversion.learn(learn)
+        return conversion.run()
 
 
 def _learned(modules: nn.ModuleDict) -> dict[str, observers.Observer]:
@@ -133,6 +142,7 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
         graph = captured(prepared, example_inputs, found)
         if not any(node.in_integers for node in graph.nodes):
             raise NotCaptured("none of its layers runs in integers")
+        _check_seen(graph, [name for name, module in modules.items() if id(module) in found])
         layers = {
             name: found[id(module)] for name, module in modules.items() if id(module) in found
         }
@@ -149,6 +159,16 @@ def prepare_network(prepared: nn.Module, example_inputs: Any) -> PreparedNetwork
         if isinstance(module, nn.Identity) and entry is not None and entry.folded:
             network.folded.append(name)
     return network
+
+
+def _check_seen(graph: Graph, layers: list[str]) -> None:
+    """Layers inside a module that is not traced into would stay float without a word."""
+    called = [str(n.target) for n in graph.module.graph.nodes if n.op == "call_module"]
+    for outer in called:
+        for layer in layers:
+            if layer.startswith(f"{outer}."):
+                kind = type(graph.module.get_submodule(outer)).__name__
+                raise NotCaptured(f"torch.fx does not look into '{outer}', a {kind}")
 
 
 def captured(model: nn.Module, example_inputs: Any, layers: Mapping[int, Learned]) -> Graph:
@@ -210,6 +230,35 @@ class Conversion:
         self.owners = coded_values(self.nodes)
         self.modules: dict[str, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.made: dict[str, nn.Module] = {}
+        self.anew: set[str] = set()
+
+    def learn(self, learn: Callable[[nn.Module, Plan], None]) -> None:
+        """Takes the layers that learn from data."""
+        model = self.prepared.model
+        plan = plan_layers(model, _Schemes(self.prepared._layers))
+        inputs = {
+            node.settings["module"]: self.affines[self.owners[node.inputs[0]]]
+            for node in reversed(self.nodes)
+            if node.kind == "layer"
+        }
+        for node in self.nodes:
+            path = _own_layer(node, self.prepared._layers)
+            if path is not None and node.name in self.prepared.layer_observers:
+                observer = _learned(self.prepared.layer_observers)[node.name]
+                inputs[path] = observer.parameters()
+        for job in plan.jobs:
+            job.activation = inputs.get(job.name)
+        learn(model, plan)
+        self.made = {job.name: job.layer for job in plan.jobs if job.layer is not None}
+        for node in self.nodes:
+            path = node.settings.get("module", "")
+            layer = self.made.get(path)
+            grouped = isinstance(layer, QuantizedLayer) and layer.scheme.group_size is not None
+            if "flattened" in node.settings and grouped:
+                # Groups of its columns would be torn apart.
+                del self.made[path]
+                self.anew.add(path)
 
     def run(self) -> Network:
         """The network, in eval mode."""
@@ -236,6 +285,8 @@ class Conversion:
         source = self._float_layer(node, self.prepared.model.get_submodule(path))
         layer = self._converted(path, source)
         assert isinstance(layer, QuantizedLayer)
+        if path in self.made and "flattened" in node.settings:
+            layer = _reordered(layer, node.settings["flattened"])
         if node.settings.get("sides"):
             assert isinstance(layer, Conv2d)
             layer = rules.with_static_padding(layer, node.settings["sides"])
@@ -257,7 +308,7 @@ class Conversion:
 
     def _float_layer(self, node: Node, module: nn.Module) -> nn.Module:
         """The layer, columns of its weight reordered behind a flattened image."""
-        if "flattened" not in node.settings:
+        if "flattened" not in node.settings or node.settings["module"] in self.made:
             return module
         channels, height, width = node.settings["flattened"]
         weight = module._parameters["weight"]
@@ -298,6 +349,10 @@ class Conversion:
 
     def _converted(self, path: str, module: nn.Module) -> nn.Module:
         scheme = self.prepared._layers[path].preparation.scheme
+        if path in self.made:
+            return copy.deepcopy(self.made[path])
+        if path in self.anew:
+            scheme = replace(scheme, quantizer=None)
         find = rules.find_empty_converter if self.empty else rules.find_converter
         converter, reason = find(module, None)
         if converter is None:
@@ -311,6 +366,8 @@ class Conversion:
         """Leaves the account of the float layer on the converted one."""
         preparation = self.prepared._layers[path].preparation
         before = entry_of(self.prepared.model.get_submodule(path))
+        if path in self.anew:
+            note += "; rounded without the data, its columns being in another order here"
         notes = "; ".join([note, *preparation.notes])
         if before is not None:
             entry = Entry(
@@ -318,10 +375,34 @@ class Conversion:
                 before.shape,
                 before.bytes_before,
                 notes,
-                preparation.scheme,
+                getattr(layer, "scheme", preparation.scheme),
                 before.folded,
             )
             set_entry(layer, entry)
+
+
+def _reordered(layer: QuantizedLayer, image: tuple[int, int, int]) -> QuantizedLayer:
+    """A layer of features in torch's order [C, H, W], for those in the codes' [H, W, C]."""
+    q = layer.quantized_weight()
+    by_channel = q.codes.reshape(len(q.codes), *image)
+    codes = by_channel.permute(0, 2, 3, 1).reshape(q.codes.shape)
+    layer.set_quantized_weight(replace(q, codes=codes))
+    return layer
+
+
+class _Schemes:
+    """Gives each layer the scheme that it was prepared for."""
+
+    def __init__(self, layers: Mapping[str, Learned]) -> None:
+        self.layers = layers
+        self.lowbit_names: list[str] = []
+
+    def choose(self, name: str, module: nn.Module) -> tuple[Scheme | None, str]:
+        layer = self.layers.get(name)
+        return (None, "it was not prepared") if layer is None else (layer.preparation.scheme, "")
+
+    def check_all_matched(self) -> None:
+        """Every layer was prepared under its own name."""
 
 
 def _note(node: Node) -> str:

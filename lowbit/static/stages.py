@@ -110,4 +110,16 @@ def coded_values(nodes: Sequence[Node]) -> dict[str, str]:
         if node.name not in taken and not codes:
             continue
         owners[node.name] = owners[node.inputs[0]] if node.keeps_codes else node.name
+    for node in reversed(nodes):
+        if node.kind == "concat":
+            _join(node, nodes, owners)
     return owners
+
+
+def _join(concat: Node, nodes: Sequence[Node], owners: dict[str, str]) -> None:
+    """What is made for a concatenation alone has its codes at once: they are rounded only once."""
+    uses = [name for node in nodes for name in node.inputs]
+    for node in nodes:
+        alone = node.name in concat.inputs and uses.count(node.name) == 1
+        if alone and node.in_integers and not node.keeps_codes:
+            owners[node.name] = owners[concat.name]

@@ -32,6 +32,20 @@ class Lcg {
   uint32_t state_;
 };
 
+// Zeros on a boundary of 64 bytes.
+class AlignedBytes {
+ public:
+  explicit AlignedBytes(int64_t count) : lines_(static_cast<size_t>(count / 64 + 1)) {}
+  uint8_t* data() { return lines_.data()->bytes; }
+  const uint8_t* data() const { return lines_.data()->bytes; }
+
+ private:
+  struct alignas(64) Line {
+    uint8_t bytes[64];
+  };
+  std::vector<Line> lines_;
+};
+
 enum class Codes { kUniform, kLowest, kHighest, kExtreme };
 inline constexpr Codes kAllCodes[] = {Codes::kUniform, Codes::kUniform, Codes::kLowest,
                                       Codes::kHighest, Codes::kExtreme};

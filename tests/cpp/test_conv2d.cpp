@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "dispatch.h"
 #include "operands.h"
 #include "reference.h"
 
@@ -221,4 +222,64 @@ TEST_CASE("no images") {
   Conv2dGeometry g = random_geometry(draw, 5, 6, 1);
   g.batch = 0;
   for_each_pair([&](Format format, Activation activation) { check(draw, format, activation, g); });
+}
+
+TEST_CASE("depthwise convolutions of -128 by -128") {
+  // The largest sum: in a microkernel of held weights (3x3, 5x5), and of any (7x7); int8 weights
+  // of code 0 are -128.
+  const Kernel& k = kernel();
+  for (const int taps : {3, 5, 7})
+    for (const int outputs : {1, 2}) {
+      const int quads = (taps + 3) / 4, width = taps + 40, pixels = 41;
+      const int places = outputs * taps * quads;
+      std::vector<TapField> fields;
+      std::vector<int> ends;
+      for (int r = 0; r < outputs; ++r)
+        for (int x = 0; x < taps; ++x)
+          for (int q = 0; q < quads; ++q) {
+            for (int j = 0; j < 4; ++j) {
+              const int y = 4 * q + j - r, i = y * taps + x;
+              if (y < 0 || y >= taps) continue;
+              fields.push_back({i / 4 * kVectorBytes, i % 4 * 8, 8, 0, -128, j});
+            }
+            ends.push_back(static_cast<int>(fields.size()));
+          }
+      const AlignedBytes packed((taps * taps + 3) / 4 * kVectorBytes);
+      AlignedBytes weights(places * k.column_bytes);
+      AlignedBytes columns(width * quads * k.column_bytes);
+      std::vector<int32_t> seed(kPanel), sums(static_cast<size_t>(pixels * k.nr));
+      k.spread(packed.data(), 0, 1, {places, fields.data(), ends.data(), places / outputs},
+               reinterpret_cast<int8_t*>(weights.data()), 0, seed.data());
+      const std::vector<int8_t> row(static_cast<size_t>(width * kPanel), -128);
+      const std::vector<const int8_t*> rows(static_cast<size_t>(4 * quads), row.data());
+      const std::vector<float> ones(kPanel, 1.0f), zeros(kPanel);
+      std::vector<float> y(static_cast<size_t>(outputs * pixels * kPanel));
+      DepthwiseTile t{};
+      t.rows = rows.data();
+      t.width = width;
+      t.pitch = kPanel;
+      t.quads = quads;
+      t.taps = taps;
+      t.dilation = t.stride = 1;
+      t.pixels = pixels;
+      t.outputs = outputs;
+      t.panels = 1;
+      t.w = reinterpret_cast<const int8_t*>(weights.data());
+      t.seed = seed.data();
+      t.columns = columns.data();
+      t.scale = ones.data();
+      t.bias = zeros.data();
+      t.y = y.data();
+      t.y_pitch = kPanel;
+      t.y_row = pixels * kPanel;
+      k.depthwise(t);
+      const int expected = taps * taps * 128 * 128;
+      for (const float value : y) REQUIRE(value == static_cast<float>(expected));
+      if (outputs == 2) continue;
+      t.acc = sums.data();
+      k.depthwise(t);
+      for (int i = 0; i < pixels; ++i)
+        for (int c = 0; c < kPanel; ++c)
+          REQUIRE(sums[static_cast<size_t>(i * k.nr + c)] == expected);
+    }
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "dispatch.h"
 #include "operands.h"
 #include "reference.h"
 
@@ -250,4 +251,56 @@ TEST_CASE("rows do not see each other") {
       CHECK_MESSAGE(problem.empty(), name(format, activation) << "row " << r << ": " << problem);
     }
   });
+}
+
+TEST_CASE("activations of -128") {
+  // No dynamic code is -128, but static ones are, low bytes, and what stands beside padding.
+  const Kernel& k = kernel();
+  for (int f = 0; f < kFormatCount; ++f) {
+    const FormatTraits& format = kFormats[f];
+    constexpr int64_t kSteps = 24;
+    const int64_t depth = kSteps * format.depth();
+    for (const bool least : {true, false}) {
+      Lcg draw(31);
+      AlignedBytes w(kSteps * kVectorBytes), room(k.room(depth));
+      for (int64_t i = 0; i < kSteps * kVectorBytes; ++i)
+        w.data()[i] = least ? 0 : static_cast<uint8_t>(draw.below(256));
+      for (int rows = 1; rows <= 20; ++rows) {
+        std::vector<int8_t> a(static_cast<size_t>(rows * depth), -128);
+        if (!least)
+          for (int8_t& x : a) x = static_cast<int8_t>(draw.one_in(2) ? -128 : 127);
+        const std::vector<int32_t> offset(static_cast<size_t>(rows), 5);
+        std::vector<int32_t> sums(static_cast<size_t>(rows * k.nr));
+        for (int first = 0; first < rows; first += k.mr) {
+          Tile t{};
+          t.rows = rows - first < k.mr ? rows - first : k.mr;
+          t.panels = 1;
+          t.codes = a.data() + first * depth;
+          t.pitch = depth;
+          t.w = t.ahead = w.data();
+          t.panel_stride = kSteps * kVectorBytes;
+          t.room = room.data();
+          t.steps = t.group_steps = kSteps;
+          t.groups = t.offset_pitch = 1;
+          t.offset = offset.data();
+          t.sums = sums.data() + first * k.nr;
+          t.planes = 1;
+          k.dot[f](t);
+        }
+        bool same = true;
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < kPanel; ++c) {
+            int32_t expected = 5;
+            for (int64_t i = 0; i < depth; ++i) {
+              const int64_t step = i / format.depth(), field = i % format.depth() / 4;
+              const int byte = w.data()[step * kVectorBytes + 4 * c + i % 4];
+              const int code = byte >> (field * format.bits) & ((1 << format.bits) - 1);
+              expected += format.mul * code * a[static_cast<size_t>(r * depth + i)];
+            }
+            same = same && sums[static_cast<size_t>(r * k.nr + c)] == expected;
+          }
+        CHECK_MESSAGE(same, format.name << ", rows " << rows << ", least " << least);
+      }
+    }
+  }
 }

@@ -190,6 +190,8 @@ def test_preparing_again_and_converting_twice(images):
     assert torch.allclose(prepared(images), model(images), atol=1e-5)
     with pytest.raises(ValueError, match="calibrated"):
         lowbit.convert(lowbit.prepare(model, "w8a8-static", images))
+    with pytest.raises(ValueError, match="prepared already"):
+        lowbit.prepare(prepared, "w8a8-static", images)
     one = lowbit.convert(lowbit.calibrate(prepared, [images]))
     two = lowbit.convert(prepared)
     assert torch.equal(one(images), two(images))
@@ -301,3 +303,55 @@ def test_files_of_another_model(network, images, tmp_path):
     for model in (Branching(), nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Conv2d(3, 8, 3)):
         with pytest.raises(lowbit.FileFormatError):
             lowbit.load_file(model, path)
+
+
+# --- Weights that learn from the data ------------------------------------------------------------
+
+
+class Flat(nn.Module):
+    """A convolution and a layer of its flattened output."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8 * 48, 5)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.stem(x)).flatten(1))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-static-gptq", "w4a8-g32-static-gptq"])
+@pytest.mark.parametrize("make", [Net, Flat])
+def test_weights_that_learn_from_the_data(make, scheme, images):
+    torch.manual_seed(0)
+    model = make().eval()
+    data = [torch.randn_like(images) for _ in range(8)]
+    learned = lowbit.quantize(model, scheme, calibration=data)
+    plain = lowbit.quantize(model, scheme.removesuffix("-gptq"), calibration=data)
+    assert isinstance(learned, Network)
+    assert not torch.equal(learned.stem.weight_packed, plain.stem.weight_packed)
+    x = torch.randn(32, *images.shape[1:])
+    wanted = model(x)
+    assert "w4a8" in lowbit.summary(learned).converted[0].scheme
+    assert (learned(x) - wanted).norm() < 1.2 * (plain(x) - wanted).norm()
+    assert torch.equal(learned(x), eagerly(learned, x))
+
+
+def test_biases_that_learn_from_the_data(images):
+    model = Net().eval()
+    found = lowbit.quantize(model, "w2a8-static", calibration=[images], correct_bias=True)
+    plain = lowbit.quantize(model, "w2a8-static", calibration=[images])
+    assert isinstance(found, Network)
+    assert not torch.equal(found.mix.bias, plain.mix.bias)
+
+
+def test_layers_that_torch_fx_does_not_see():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), encoder).eval()
+    tokens = torch.randn(2, 5, 16)
+    prepared = lowbit.prepare(model, "w8a8-static", tokens)
+    assert not isinstance(prepared, PreparedNetwork)
+    found = lowbit.convert(lowbit.calibrate(prepared, [tokens]))
+    rows = {row.name: row for row in lowbit.summary(found).rows}
+    assert rows["1.linear1"].converted
+    assert "does not look into '1', a TransformerEncoderLayer" in rows["0"].note

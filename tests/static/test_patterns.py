@@ -477,3 +477,22 @@ def test_tables_of_functions_that_do_not_saturate(slope, images, monkeypatch):
     with torch.no_grad():
         model.first.bias -= 20
     check(model, monkeypatch, images, floats=["mul"])
+
+
+def test_concatenation_has_the_codes_of_its_parts(images, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
+            self.head = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            inner = torch.cat([F.relu(self.left(x)), self.right(x)], 1)
+            return self.head(torch.cat([inner, x], 1))
+
+    found = check(Net(), monkeypatch, images)
+    outer = found.affine("cat_1")
+    assert found.affine("relu_1") == found.affine("right") == found.affine("cat") == outer
+    assert found.affine("relu") != outer
