@@ -84,7 +84,7 @@ def test_the_page_says_what_was_reached(tiny):
     text = page.page(found, "a command")
     assert "Written by `a command`." in text
     assert "| w2a8     |        |   0.750 |      0.5 | no    |     100 |         2 |" in text
-    assert "small: target 0.5 not reached, 0.750 with w2a8." in text
+    assert "small: target 0.5 not reached, 0.750 with w2a8 (1 of its methods not measured)." in text
     tiny.methods.append(Method("w8a8"))
     both = page.results(lines(**{"w2a8": 0.75, "w2a8-gptq": 0.25, "w8a8": 0.1}))
     both["tiny", "w8a8"] = QualityResult(0.1, 200, 400, 2.0, 1)

@@ -74,11 +74,10 @@ def verdict(network: Network, goal: str, rows: Sequence[tuple[Method, QualityRes
         f"{best.score:.{network.digits}f} with {method.label}"
     )
     full = next((r for m, r in rows if m.label == "w8a8"), None)
-    return (
-        f"{text}."
-        if full is None
-        else f"{text}, {100 * best.size / full.size:.1f} % of w8a8's bytes."
-    )
+    if full is not None and full.size != best.size:
+        text += f", {100 * best.size / full.size:.1f} % of w8a8's bytes"
+    waiting = sum(m.goal == goal for m in network.methods) - len(own)
+    return f"{text}{f' ({waiting} of its methods not measured)' if waiting else ''}."
 
 
 INTRODUCTION = (

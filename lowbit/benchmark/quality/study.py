@@ -81,10 +81,7 @@ def _first(output: Any) -> Tensor:
     return floating_tensors(output)[0]
 
 
-_MIXED = {
-    "_fc": "w2a8-g64-descent",
-    r"re:_conv_stem|_blocks\.[0-7]\._(expand|project)_conv": "w8a8",
-}
+_MIXED = {"re:_conv_stem|.*_depthwise_conv": "w8a8", "_fc": "w2a8-g64-descent"}
 
 
 def _curve(
