@@ -164,6 +164,8 @@ def test_weights_learn_from_the_same_data(convert):
     assert learned.stem.scheme.quantizer == "gptq"
     assert not torch.equal(plain.grouped.weight_packed, learned.grouped.weight_packed)
     assert learned(IMAGES[0]).isfinite().all()
+    if convert is lowbit.quantize:
+        assert row(learned, "grouped").note == "in integers"
 
 
 def test_layers_that_never_ran_stay_float():
