@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,13 @@ def run(options: Options, folder: Path, progress: Progress) -> list[Line]:
                 meter.update(reference, run_model(copy, x), x)
         return {"bytes": weight_bytes(copy), "quality": meter.result().to_dict()}
 
+    def uniform(scheme: Scheme) -> dict[str, Any]:
+        return judged(conversion.quantize(model, scheme))
+
     lines = []
     for name in options.schemes:
         progress(name, 0.0)
-        scheme = Scheme.parse(name)
-        entry = journal.get(name, lambda scheme=scheme: judged(conversion.quantize(model, scheme)))
+        entry = journal.get(name, partial(uniform, Scheme.parse(name)))
         lines.append(Line(name, entry["bytes"], Quality(**entry["quality"]), False, {}))
     half = lines[0].bytes // 2
     limits = sorted({half, *(line.bytes for line in lines)})
@@ -113,7 +116,7 @@ def run(options: Options, folder: Path, progress: Progress) -> list[Line]:
         for limit, found in zip(missing, results, strict=True):
             copy = conversion.quantize(model, None, found.overrides)
             entry = judged(copy) | {"schemes": found.overrides}
-            journal.get(f"{limit} bytes", lambda entry=entry: entry)
+            journal.get(f"{limit} bytes", partial(dict, entry))
     for limit in limits:
         entry = journal.get(f"{limit} bytes", dict)
         chosen = [scheme or "float" for scheme in entry["schemes"].values()]

@@ -124,7 +124,7 @@ class Calibrations:
     def _best(self, split: str) -> tuple[str, Quality]:
         sides = self.qualities[split]
         static = [name for name in sides if name.startswith(self.options.scheme)]
-        name = max(static, key=lambda name: sides[name].sqnr_db)
+        name = max(static, key=lambda name: sides[name].figures()["sqnr_db"])
         return name, sides[name]
 
     def _table(self, form: str) -> str:
