@@ -28,8 +28,8 @@ scenes the middle row of the green channel, how many levels it has ({BITS}-bit c
 largest step between pixels two apart (the mosaic's period), in 1/255. These scenes hold a white
 patch, cut off here, as a picture holds the sun or a lamp: it decides the scale of the activations,
 of whose codes the dark gradient then gets few. A row with many levels may still have bands: what is
-rounded in many channels at once is noise around each band. And one without bands may be wrong: 4-bit
-weights that are only rounded change the tone, and print the mosaic's pattern."""
+rounded in many channels at once is noise around each band. And one without bands may be wrong:
+4-bit weights that are only rounded change the tone, and print the mosaic's pattern."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Result:
             photos = [self.measures[name][scheme].psnr for name in PHOTOS]
             has = "has bands" if max(steps) >= VISIBLE else "has no bands"
             found.append(
-                f"`{scheme}` {has}: steps of up to {max(steps):.2f}/255 in the smooth scenes, where "
-                f"float32 has {max(exact):.2f}; photographs are {min(photos):.1f} to "
+                f"`{scheme}` {has}: steps of up to {max(steps):.2f}/255 in the smooth scenes, "
+                f"where float32 has {max(exact):.2f}; photographs are {min(photos):.1f} to "
                 f"{max(photos):.1f} dB from float32's."
             )
         return found
