@@ -60,13 +60,13 @@ also writes the outputs of a pixel.
 
 Where fewer than 80 % are reached with 8 rows or more, other work needs the same ports:
 
-- `neoni8mm`, 8 rows: a register of weights serves 4 `usmmla`, and costs 1 (W8), 1.4 (W1), 1.5 (W4) or 1.75
-  (W2) operations of the vector units, a `zip` among them, which the one layout asks for. So no more
-  than 80, 74, 73 and 70 % are possible. With 16 rows it serves 8: 89, 85, 84 and 82 %.
+- `neoni8mm`, 8 rows: a register of weights serves 4 `usmmla`, and costs 1 (W8), 1.4 (W1), 1.5 (W4)
+  or 1.75 (W2) operations of the vector units, a `zip` among them, which the one layout asks for. So
+  no more than 80, 74, 73 and 70 % are possible. With 16 rows it serves 8: 89, 85, 84 and 82 %.
 - Depthwise: 4 outputs of a 3x3 kernel are 3 products by `sdot`, and beside them a conversion, a
-  multiplication with the scale and a store, 3 to 4 slots of the vector units: 43 to 50 % at most, with
-  10 products (5x5, two quads of rows) 71 to 77 %. On `neon`, which multiplies in one unit of two,
-  the rest finds room in the other.
+  multiplication with the scale and a store, 3 to 4 slots of the vector units: 43 to 50 % at most,
+  with 10 products (5x5, two quads of rows) 71 to 77 %. On `neon`, which multiplies in one unit of
+  two, the rest finds room in the other.
 - Grouped: each product needs a `tbl` of its own, which takes the same ports: 50 % at most.
 
 What comes before and after a loop is left out: quantizing, the scales of a tile, and where K has

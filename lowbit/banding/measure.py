@@ -58,7 +58,9 @@ def measure(reference: torch.Tensor, image: torch.Tensor, smooth: bool) -> Measu
 
     error = float((reference.double() - image.double()).square().mean())
     psnr = float("inf") if error == 0 else -10 * float(torch.log10(torch.tensor(error)))
-    ssim = structural_similarity(reference.numpy(), image.numpy(), data_range=1.0, channel_axis=0)
+    ssim = structural_similarity(  # type: ignore[no-untyped-call]
+        reference.numpy(), image.numpy(), data_range=1.0, channel_axis=0
+    )
     line = image[1, image.shape[1] // 2]
     return Measures(
         psnr,

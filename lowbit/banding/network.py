@@ -49,7 +49,8 @@ class Demosaick(nn.Module):
         upsampled = self.upsampler(self.residual_predictor(filters * masks))
         crop = 2 * DEPTH
         packed = torch.cat([mosaic[..., crop:-crop, crop:-crop], upsampled], 1)
-        return self.fullres_processor(packed)
+        image: torch.Tensor = self.fullres_processor(packed)
+        return image
 
 
 BORDER = 2 * DEPTH + 1

@@ -24,11 +24,12 @@ VISIBLE = 1.0
 
 _NOTES = f"""\
 Outputs are compared with those of the float32 network: PSNR in dB; SSIM; and for the two smooth
-scenes the middle row of the green channel, how many levels it has ({BITS}-bit codes) and the largest
-step between pixels two apart (the mosaic's period), in 1/255. These scenes hold a white patch, cut off
-here, as a picture holds the sun or a lamp: it decides the scale of the activations, of whose
-codes the dark gradient then gets few. A row with many levels may still have bands: what is
-rounded in many channels at once is noise around each band."""
+scenes the middle row of the green channel, how many levels it has ({BITS}-bit codes) and the
+largest step between pixels two apart (the mosaic's period), in 1/255. These scenes hold a white
+patch, cut off here, as a picture holds the sun or a lamp: it decides the scale of the activations,
+of whose codes the dark gradient then gets few. A row with many levels may still have bands: what is
+rounded in many channels at once is noise around each band. And one without bands may be wrong:
+4-bit weights that are only rounded change the tone, and print the mosaic's pattern."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ class Result:
             steps = [self.measures[name][scheme].step or 0.0 for name in SMOOTH]
             exact = [self.measures[name][FLOAT].step or 0.0 for name in SMOOTH]
             photos = [self.measures[name][scheme].psnr for name in PHOTOS]
+            has = "has bands" if max(steps) >= VISIBLE else "has no bands"
             found.append(
-                f"`{scheme}` {'has bands' if max(steps) >= VISIBLE else 'has no bands'}: steps of up "
-                f"to {max(steps):.2f}/255 in the smooth scenes, where float32 has {max(exact):.2f}; "
-                f"photographs are {min(photos):.1f} to {max(photos):.1f} dB from float32's."
+                f"`{scheme}` {has}: steps of up to {max(steps):.2f}/255 in the smooth scenes, "
+                f"where float32 has {max(exact):.2f}; photographs are {min(photos):.1f} to "
+                f"{max(photos):.1f} dB from float32's."
             )
         return found
 
