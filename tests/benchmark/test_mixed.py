@@ -15,8 +15,8 @@ def _quality(noise):
 LINES = [
     Line("w8a8", 4000, _quality(0.01), False, {}),
     Line("w4a8", 2200, _quality(2.0), False, {}),
-    Line("half of w8a8", 1990, _quality(0.1), True, {"w4a8": 3, "w8a8": 1}),
-    Line("as w4a8", 2190, _quality(0.05), True, {"w8a8": 4}),
+    Line("half of w8a8", 1990, _quality(0.01), True, {"w4a8": 3, "w8a8": 1}),
+    Line("as w4a8", 2190, _quality(0.005), True, {"w8a8": 4}),
 ]
 
 
