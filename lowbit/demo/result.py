@@ -46,7 +46,10 @@ class Demo:
         quality = self.comparison[next(iter(self.reports))].quality
         assert quality is not None  # only float32 has none
         photos = len(self.predictions["float32"])
-        views = f"{quality.rows} views of {photos} photographs, channels_last"
+        views = (
+            f"{quality.rows} views of {photos} photographs, channels_last; static schemes and "
+            "torch INT8\nlearned their scales from the same"
+        )
         return "\n\n".join(
             [
                 "What the network sees: its first guess, how sure it is (* differs from float32)",
@@ -62,6 +65,8 @@ class Demo:
 KEEPS, LOSES = 0.9, 0.5
 """Shares of the views with float32's first guess: from the one on a width keeps the network, below
 the other it loses it."""
+
+_NAME = 11  # width of the column of schemes
 
 NEXT = """What to try next
 
@@ -103,7 +108,7 @@ def account(name: str, report: Report) -> str:
     """The account of a conversion in one line."""
     kept = f", {len(report.kept)} kept float" if report.kept else ""
     return (
-        f"  {name:<7} {len(report.converted)} layers converted{kept}, "
+        f"  {name:<{_NAME}} {len(report.converted)} layers converted{kept}, "
         f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB "
         f"({report.ratio:.1f} times smaller)"
     )
@@ -143,8 +148,8 @@ def verdicts(demo: Demo) -> Iterator[str]:
         word = "keeps" if share >= KEEPS else "damages" if share >= LOSES else "loses"
         seen = demo.predictions[name].values()
         yield (
-            f"  {name:<7} {word} the network: float32's first guess on {100 * share:.0f} % of the "
-            f"views, right on {sum(p.fits for p in seen)} of {len(seen)} photographs"
+            f"  {name:<{_NAME}} {word} the network: float32's first guess on {100 * share:.0f} % of "
+            f"the views, right on {sum(p.fits for p in seen)} of {len(seen)} photographs"
         )
     yield f"\n  {speed(demo)}"
     lost = [name for name in demo.reports if agreement(demo, name) < LOSES]

@@ -14,6 +14,7 @@ from lowbit.demo.photographs import PHOTOS, class_names, load_views
 from lowbit.demo.result import Demo
 from lowbit.demo.schemes import MIXED, MIXED_OVERRIDES, MIXED_SCHEME, SCHEMES
 from lowbit.report import summary
+from lowbit.schemes import Scheme
 
 Progress = Callable[[str, float], None]
 
@@ -22,6 +23,8 @@ def run(
     budget_seconds: float = 12.0, details: bool = False, progress: Progress | None = None
 ) -> Demo:
     """Converts the network to every scheme of `SCHEMES`, and compares.
+
+    Static schemes learn from the views that all are compared on, as torch's INT8 does.
 
     Args:
         budget_seconds: for the timing of the comparison.
@@ -38,7 +41,8 @@ def run(
     models: dict[str, nn.Module] = {"float32": model}
     for done, scheme in enumerate(SCHEMES):
         say(f"converting to {scheme}", done / len(SCHEMES))
-        models[scheme] = quantize(model, scheme)
+        learns = Scheme.parse(scheme).learns
+        models[scheme] = quantize(model, scheme, calibration=batches(views) if learns else None)
     models[MIXED] = quantize(model, MIXED_SCHEME, overrides=MIXED_OVERRIDES)
     say("looking at the photographs", 1.0)
     predictions = {name: predict(side, views) for name, side in models.items()}

@@ -1,6 +1,6 @@
 """What the demo converts to: every layer to one scheme, and a mixture by overrides."""
 
-SCHEMES = ("w8a8", "w4a8", "w2a8", "w1a8", "w1a1", "w8a16", "w4a16")
+SCHEMES = ("w8a8", "w8a8-static", "w4a8", "w2a8", "w1a8", "w1a1", "w8a16", "w4a16")
 
 MIXED = "mixed"
 MIXED_SCHEME = "w4a8-g32"
