@@ -90,7 +90,7 @@ def test_frozen():
         ({"group_size": True}, "group_size True"),
         ({"group_size": 32.0}, "group_size 32.0"),
         ({"group_size": "32"}, "group_size '32'"),
-        ({"quantizer": "hqq"}, "no quantizer 'hqq' for int4 weights; use one of minmax, mse"),
+        ({"quantizer": "awq"}, "no quantizer 'awq' for int4 weights; use one of minmax, mse"),
         ({"quantizer": "mean"}, "no quantizer 'mean' for int4"),
         ({"weight": "binary", "quantizer": "mse"}, "'mse' for binary weights; use one of mean"),
     ],

@@ -148,8 +148,8 @@ def verdicts(demo: Demo) -> Iterator[str]:
         word = "keeps" if share >= KEEPS else "damages" if share >= LOSES else "loses"
         seen = demo.predictions[name].values()
         yield (
-            f"  {name:<{_NAME}} {word} the network: float32's first guess on {100 * share:.0f} % of "
-            f"the views, right on {sum(p.fits for p in seen)} of {len(seen)} photographs"
+            f"  {name:<{_NAME}} {word} the network: float32's first guess on {100 * share:.0f} % "
+            f"of the views, right on {sum(p.fits for p in seen)} of {len(seen)} photographs"
         )
     yield f"\n  {speed(demo)}"
     lost = [name for name in demo.reports if agreement(demo, name) < LOSES]
