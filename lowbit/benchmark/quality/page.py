@@ -92,7 +92,7 @@ NOTES = {
         "Calibration: 88 crops of eleven photographs and textures. Test: 240 crops of six other "
         "photographs, sides of 0.7 to 1 of the shorter side, half of them mirrored: one "
         "crop is 0.4 points. Published figures are accuracies on ImageNet, which these are not; "
-        "none is known for this network below 8 bits and these photographs."
+        "we found none for this network below 8 bits."
     ),
     "minilm": (
         "Calibration: 1000 sentences of the docstrings of Python's library. Test: 500 of NumPy's. "
