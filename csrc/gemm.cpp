@@ -69,7 +69,7 @@ class Block {
         rows_(rows),
         codes_(codes),
         short_groups_(kernel.group_mr && weights.group_scale && !weights.group_zero &&
-                      weights.group_size <= kShortGroup && fits_tile()),
+                      weights.group_size <= kShortGroup && rows.planes == 1 && fits_tile()),
         tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),

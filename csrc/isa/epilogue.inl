@@ -95,7 +95,6 @@ LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
 // y = fma(f(r, v), row_scale * scale, bias)
 template <int R, int V, class Value>
 LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
-  if (t.requantize) return finish_codes<R, V>(t, panel, f);
   float* const y = t.y + panel * kPanel;
   const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
   const float* const row_scale = t.row_scale;
@@ -105,6 +104,15 @@ LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
     LOWBIT_UNROLL for (int r = 0; r < R; ++r) float_store(
         y + r * pitch + v * kLanes, fmadd(f(r, v), multiply(float_broadcast(row_scale + r), s), b));
   }
+}
+
+// Either from memory [R][V]: one function for all formats, where groups have taken long, or codes
+// are rare.
+template <int R, int V>
+LOWBIT_NOINLINE void finish_stored(const Tile& t, int panel, const float* f) {
+  const auto value = [&](int r, int v) { return float_load(f + (r * V + v) * kLanes); };
+  if (t.requantize) return put_tile<false, R, V>(t, panel, value);
+  finish_tile<R, V>(t, panel, value);
 }
 
 // The lines that the tile will write come while it computes.
@@ -124,12 +132,11 @@ LOWBIT_INLINE void start_at_offset(const Tile& t, int64_t group, Reg (&sum)[MR][
   }
 }
 
-// Groups without zero points, combined in registers; rows of `Planes` make one.
-template <int Planes, int MR, int V, class Loop>
+// Groups without zero points, combined in registers.
+template <int MR, int V, class Loop>
 LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Loop loop) {
-  constexpr int R = MR / Planes;
-  FloatReg f[R][V];
-  LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) f[r][v] =
+  FloatReg f[MR][V];
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) f[r][v] =
       float_splat(0.0f);
   const float* scale = t.group_scale + panel * kPanel;
   int64_t first = 0;
@@ -140,25 +147,23 @@ LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Loop loop) {
     loop(first, rest < t.group_steps ? rest : t.group_steps, sum);
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
       const FloatReg s = float_load(scale + v * kLanes);
-      LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
-        Reg total = sum[r * Planes][v];
-        if constexpr (Planes == 2) total = add(shift_left<8>(total), sum[r * Planes + 1][v]);
-        f[r][v] = fmadd(s, to_float(total), f[r][v]);
-      }
+      LOWBIT_UNROLL for (int r = 0; r < MR; ++r) f[r][v] = fmadd(s, to_float(sum[r][v]), f[r][v]);
     }
   }
-  finish_tile<R, V>(t, panel, [&](int r, int v) { return f[r][v]; });
+  alignas(kVectorBytes) float room[MR * V * kLanes];
+  LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+      float_store(room + (r * V + v) * kLanes, f[r][v]);
+  finish_stored<MR, V>(t, panel, room);
 }
 
-// loop(first, steps, sums) adds a group's products to sums, which start at the offset.
-template <int MR, int V, class Loop>
+// loop(first, steps, sums) adds a group's products to sums, which start at the offset. With
+// Combine, short groups are combined in registers.
+template <int MR, int V, bool Combine = true, class Loop>
 LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
   if (!t.sums && !t.requantize) fetch_output<MR, V>(t, panel);
-  if constexpr (MR * V <= kGroupSums) {
-    if (t.group_scale && !t.group_zero && !t.sums) {
-      if (t.planes == 1) return combine_groups<1, MR, V>(t, panel, loop);
-      if constexpr (MR % 2 == 0) return combine_groups<2, MR, V>(t, panel, loop);
-    }
+  if constexpr (Combine && MR * V <= kGroupSums) {
+    if (t.group_scale && !t.group_zero && !t.sums && t.planes == 1)
+      return combine_groups<MR, V>(t, panel, loop);
   }
   alignas(kVectorBytes) float room[MR * V * kLanes];
   // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
@@ -177,6 +182,13 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
     if (!t.group_scale)
       return joined(t, sum, [&](const auto& rows) {
         constexpr int R = sizeof(rows) / sizeof(rows[0]);
+        if constexpr (R == MR) {
+          if (t.requantize) {
+            LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
+                float_store(f + (r * V + v) * kLanes, to_float(rows[r][v]));
+            return finish_stored<R, V>(t, panel, f);
+          }
+        }
         finish_tile<R, V>(t, panel, [&](int r, int v) { return to_float(rows[r][v]); });
       });
     joined(t, sum, [&](const auto& rows) {
@@ -184,10 +196,9 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
       add_group<false>(t, panel, g, rows, f);
     });
   }
-  const auto total = [&](int r, int v) { return float_load(f + (r * V + v) * kLanes); };
   if (t.planes == 2) {
-    if constexpr (MR % 2 == 0) finish_tile<MR / 2, V>(t, panel, total);
+    if constexpr (MR % 2 == 0) finish_stored<MR / 2, V>(t, panel, f);
   } else {
-    finish_tile<MR, V>(t, panel, total);
+    finish_stored<MR, V>(t, panel, f);
   }
 }

@@ -8,7 +8,7 @@ struct Xnor {
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs;
-    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+    sum_groups<MR, V, false>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
       const uint32_t *bits = t.bits, *mask = t.mask;
       const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
       const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
