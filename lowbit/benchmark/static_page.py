@@ -73,7 +73,9 @@ def _times(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         found = _rows(line)
-        times = [f"{1e3 * found[n]['timing']['p50']:.2f}" if n in found else "" for n in names]
+        times = [
+            f"{1e3 * found[n]['timing']['p50_seconds']:.2f}" if n in found else "" for n in names
+        ]
         rows.append([*_label(line), *times])
     headers = ["network", "batch", "threads", *(f"{name}, ms" for name in names)]
     return _table(rows, headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowbit.benchmark.static_networks import DYNAMIC, FLOAT32, INT8, OPENVINO, STATIC
 from lowbit.benchmark.static_page import static_page
+from lowbit.timing import Timing
 
 MS = {FLOAT32: 12.0, INT8: 6.0, DYNAMIC: 4.0, STATIC: 2.5, OPENVINO: 2.0}
 
@@ -12,7 +13,7 @@ def line(static="efficientnet-lite0", batch=1, threads=1, milliseconds=MS):
     rows = [
         {
             "name": name,
-            "timing": {"p50": time / 1e3},
+            "timing": Timing(time / 1e3, (time / 1e3,)).to_dict(),
             "quality": {"sqnr_db": 20.125, "top1_agreement": 0.975, "rows": 96},
             "versus": {
                 other: {"median": theirs / time}
