@@ -53,6 +53,17 @@ def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def no_fused_paths() -> Iterator[None]:
+    """Transformer encoders call their layers, instead of handing their weights to one function."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 @dataclass(frozen=True)
 class Int8Baseline:
     """torch's INT8 of a model, or why there is none.

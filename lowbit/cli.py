@@ -24,9 +24,8 @@ from lowbit.model_argument import (
     CommandError,
     UsageError,
     build,
-    example_inputs,
     find,
-    random_input,
+    model_and_inputs,
     read_inputs,
     read_labels,
 )
@@ -143,14 +142,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     labels = None if arguments.labels is None else read_labels(arguments.labels)
     on_inputs = str(arguments.calibration) == "inputs"
     calibration = "inputs" if on_inputs else _calibration(arguments.calibration, schemes)
-    factory = find(arguments.model)
-    model = build(factory, arguments.model)
-    if arguments.inputs is not None:
-        inputs, described = read_inputs(arguments.inputs)
-    elif arguments.input_shape is not None:
-        inputs, described = random_input(arguments.input_shape, arguments.seed)
-    else:
-        inputs, described = example_inputs(factory, model)
+    model, inputs, described = model_and_inputs(arguments)
     comparison = compare(
         model,
         schemes,

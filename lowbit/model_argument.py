@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import os
@@ -101,6 +102,21 @@ def example_inputs(*owners: Any) -> tuple[Any, str]:
         "what shall the model run on? Give --input-shape 1,3,224,224 (random normal), or --inputs "
         "FILE, or set an attribute example_inputs on the factory"
     )
+
+
+def model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Any, str]:
+    """The model of MODEL, and the inputs of --inputs, --input-shape or its own, described.
+
+    Raises:
+        UsageError, CommandError: as the functions above and below.
+    """
+    factory = find(arguments.model)
+    model = build(factory, arguments.model)
+    if arguments.inputs is not None:
+        return model, *read_inputs(arguments.inputs)
+    if arguments.input_shape is not None:
+        return model, *random_input(arguments.input_shape, arguments.seed)
+    return model, *example_inputs(factory, model)
 
 
 def read_inputs(path: Path, option: str = "--inputs") -> tuple[Any, str]:

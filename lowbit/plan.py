@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowbit import rules
 from lowbit.dataflow import Flow
 from lowbit.epilogues import ACTIVATIONS, find_absorbed
-from lowbit.fuse import Fold, find_folds, folded_layer, norm_entry
+from lowbit.fuse import Fold, find_folds, folded_layer, identity, norm_entry
 from lowbit.observers import Affine
 from lowbit.report import (
     Entry,
@@ -29,6 +29,7 @@ from lowbit.report import (
     is_converted,
     is_unit,
     own_tensors,
+    set_entry,
     walk,
     weight_shape,
 )
@@ -80,6 +81,20 @@ class Plan:
     absorbed: list[nn.Module] = field(default_factory=list)
     entries: list[tuple[nn.Module, Entry]] = field(default_factory=list)
     counted: set[tuple[int, ...]] = field(default_factory=set)
+
+    def leave_entries(self, slots: Mapping[int, list[tuple[nn.Module, str]]]) -> None:
+        """Leave the entries on their modules; identities take the places of folded norms.
+
+        Args:
+            slots: every place (parent, key) of every module, by its id.
+        """
+        for module, entry in self.entries:
+            place = module
+            if isinstance(module, _BatchNorm) and entry.folded:
+                place = identity(module)
+                for parent, key in slots[id(module)]:
+                    parent._modules[key] = place
+            set_entry(place, entry)
 
     def keep(self, job: Job) -> None:
         """Account for a layer that its converter left as it is."""

@@ -111,14 +111,6 @@ class NetworkCase(SavedCase):
         """Roughly how many seconds it takes."""
         return 10.0 + self.seconds
 
-    def beside(self, other: NetworkCase) -> bool:
-        """Each has a process of its own."""
-        return self == other
-
-    def options(self, batch: Sequence[NetworkCase]) -> dict[str, Any]:
-        """Its own fields."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def cases(
     names: Sequence[str] = tuple(NETWORKS), threads: Sequence[int] = (1, 2), **common: Any

@@ -39,13 +39,16 @@ class SavedCase(ABC):
     def cost(self) -> float:
         """Roughly how many seconds it takes: the proportions foretell the end of a run."""
 
-    @abstractmethod
     def beside(self, other: Any) -> bool:
-        """Whether two cases of the same kind can share a process."""
+        """Whether two cases of the same kind can share a process; by default each has its own."""
+        return bool(self == other)
 
-    @abstractmethod
     def options(self, batch: Sequence[Any]) -> dict[str, Any]:
-        """What the worker is told, for cases that share a process, this one the first of them."""
+        """What the worker is told, for cases that share a process, this one the first of them.
+
+        By default the case's own fields.
+        """
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def command(batch: Sequence[SavedCase]) -> list[str]:

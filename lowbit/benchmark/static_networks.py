@@ -158,14 +158,6 @@ class StaticCase(SavedCase):
         """Roughly how many seconds it takes."""
         return 40.0 + self.seconds
 
-    def beside(self, other: StaticCase) -> bool:
-        """Each has a process of its own."""
-        return self == other
-
-    def options(self, batch: Sequence[StaticCase]) -> dict[str, Any]:
-        """Its own fields."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def cases(
     names: Sequence[str] = tuple(MODELS),

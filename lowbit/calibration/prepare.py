@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit import observers
 from lowbit.calibration.prepared import (
@@ -18,7 +17,7 @@ from lowbit.calibration.prepared import (
     preparation_of,
 )
 from lowbit.convert import child_slots, run_converted_encoder_layers
-from lowbit.fuse import folded_layer, identity
+from lowbit.fuse import folded_layer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat import QATLayer
 from lowbit.report import set_entry
@@ -112,13 +111,7 @@ def prepare_in_place(
             made = observers.make(observer, job.scheme.activation, symmetric)
             module = ObserverModule(made, f"layer '{job.name}'")
         mark(layer, Preparation(job.scheme, fuse), module)
-    for kept, entry in plan.entries:
-        place = kept
-        if isinstance(kept, _BatchNorm) and entry.folded:
-            place = identity(kept)
-            for parent, key in slots[id(kept)]:
-                parent._modules[key] = place
-        set_entry(place, entry)
+    plan.leave_entries(slots)
     layers = learned(model)
     run_converted_encoder_layers(model, lambda module: id(module) in layers)
 

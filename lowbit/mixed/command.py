@@ -8,14 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowbit.model_argument import (
-    UsageError,
-    build,
-    example_inputs,
-    find,
-    random_input,
-    read_inputs,
-)
+from lowbit.model_argument import UsageError, find, model_and_inputs, read_inputs
 
 Progress = Callable[[str, float], None]
 Printed = tuple[str, Any]
@@ -154,14 +147,7 @@ def _prepare(
     calibration = None
     if arguments.calibration is not None:
         calibration, _ = read_inputs(arguments.calibration, "--calibration")
-    factory = find(arguments.model)
-    model = build(factory, arguments.model)
-    if arguments.inputs is not None:
-        inputs, described = read_inputs(arguments.inputs)
-    elif arguments.input_shape is not None:
-        inputs, described = random_input(arguments.input_shape, arguments.seed)
-    else:
-        inputs, described = example_inputs(factory, model)
+    model, inputs, described = model_and_inputs(arguments)
     settings = {
         "task": task,
         "calibration": calibration,

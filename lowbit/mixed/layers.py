@@ -7,15 +7,14 @@ The lowbit layers of a scheme are made once, by `lowbit.quantize` with all that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
-from lowbit.baselines import eval_mode, weight_bytes
+from lowbit.baselines import eval_mode, no_fused_paths, weight_bytes
 from lowbit.calibration.data import Data
 from lowbit.calibration.deploy import calibrated_copy
 from lowbit.calibration.prepare import prepare
@@ -194,7 +193,7 @@ class Workbench:
 
     def __enter__(self) -> Workbench:
         self._stack.enter_context(eval_mode([self.model]))
-        self._stack.enter_context(_no_fused_paths())
+        self._stack.enter_context(no_fused_paths())
         return self
 
     def __exit__(
@@ -238,14 +237,3 @@ class Workbench:
     def uniform(self, scheme: str) -> dict[str, str | None]:
         """The assignment of one scheme to every layer that it converts."""
         return {layer.name: scheme if scheme in layer.versions else None for layer in self.layers}
-
-
-@contextlib.contextmanager
-def _no_fused_paths() -> Iterator[None]:
-    """nn.TransformerEncoderLayer's fused path would read the weights past their layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

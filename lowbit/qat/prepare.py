@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from lowbit import rules
@@ -18,7 +17,7 @@ from lowbit.convert import (
     name_layer,
     run_converted_encoder_layers,
 )
-from lowbit.fuse import identity, norm_entry
+from lowbit.fuse import norm_entry
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat.layers import LAYERS, QATLayer
 from lowbit.report import Entry, count_bytes, entry_of, own_tensors, set_entry
@@ -81,13 +80,7 @@ def prepare_qat(
         layer._fqn = job.name or None
         set_entry(layer, dataclasses.replace(job.entry(), note=_note(job), scheme=None))
         prepared += 1
-    for module, entry in plan.entries:
-        place = module
-        if isinstance(module, _BatchNorm) and entry.folded:
-            place = identity(module)
-            for parent, key in slots[id(module)]:
-                parent._modules[key] = place
-        set_entry(place, entry)
+    plan.leave_entries(slots)
     if not prepared:
         notes = sorted({entry.note for _, entry in plan.entries if entry.note})
         raise ValueError("no layer can be prepared: " + ("; ".join(notes) or "the model has none"))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format
-from lowbit.quantizers import DEFAULTS, QuantizedWeight, find, register_with_data
+from lowbit.quantizers import QuantizedWeight, register_with_data
 from lowbit.rounding.gptq import start_grid
-from lowbit.rounding.quadratic import Grid, Problem, grid_loss, make_problem
+from lowbit.rounding.quadratic import Grid, Problem, grid_loss, round_by
 
 STEPS = 300
 _RATE = 3e-2
@@ -30,11 +30,12 @@ def adaround(
     w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None, hessian: Tensor
 ) -> QuantizedWeight:
     """AdaRound at the scales of the format's default quantizer; see `DataQuantizer`."""
-    problem = make_problem(w, fmt, group_size, valid, hessian)
-    if problem.w.numel() == 0:
-        return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    grid = start_grid(problem)
-    return problem.result(learn(problem, grid), grid)
+
+    def solve(problem: Problem) -> tuple[Tensor, Grid]:
+        grid = start_grid(problem)
+        return learn(problem, grid), grid
+
+    return round_by(solve, w, fmt, group_size, valid, hessian)
 
 
 def learn(problem: Problem, grid: Grid, steps: int = STEPS) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format
-from lowbit.quantizers import DEFAULTS, QuantizedWeight, find, register_with_data
+from lowbit.quantizers import QuantizedWeight, register_with_data
 from lowbit.rounding.gptq import compensate, start_grid
 from lowbit.rounding.hqq import fit
 from lowbit.rounding.quadratic import (
@@ -21,10 +21,10 @@ from lowbit.rounding.quadratic import (
     choose,
     grid_loss,
     make_grid,
-    make_problem,
     nearest_levels,
     padded_units,
     refit,
+    round_by,
     values_of,
 )
 
@@ -39,14 +39,16 @@ def descent(
     w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None, hessian: Tensor
 ) -> QuantizedWeight:
     """Coordinate descent after GPTQ, scales fitted; see `lowbit.quantizers.DataQuantizer`."""
-    problem = make_problem(w, fmt, group_size, valid, hessian)
-    if problem.w.numel() == 0:
-        return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    start = start_grid(problem)
-    if fmt.name in _AFFINE and group_size is not None:
-        x, mask = padded_units(problem)
-        start = fit(x, mask, problem.weights(), fmt, group_size, problem.valid)
-    return problem.result(*solve(problem, start))
+    return round_by(lambda p: solve(p, _start(p)), w, fmt, group_size, valid, hessian)
+
+
+def _start(problem: Problem) -> Grid:
+    """The grid to begin with."""
+    fmt, group_size = problem.fmt, problem.group_size
+    if fmt.name not in _AFFINE or group_size is None:
+        return start_grid(problem)
+    x, mask = padded_units(problem)
+    return fit(x, mask, problem.weights(), fmt, group_size, problem.valid)
 
 
 def solve(problem: Problem, start: Grid) -> tuple[Tensor, Grid]:

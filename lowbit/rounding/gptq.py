@@ -18,8 +18,8 @@ from lowbit.rounding.quadratic import (
     Grid,
     Problem,
     make_grid,
-    make_problem,
     nearest_levels,
+    round_by,
     values_of,
 )
 
@@ -31,11 +31,12 @@ def gptq(
     w: Tensor, fmt: Format, group_size: int | None, valid: Tensor | None, hessian: Tensor
 ) -> QuantizedWeight:
     """GPTQ at the scales of the format's default quantizer; see `DataQuantizer`."""
-    problem = make_problem(w, fmt, group_size, valid, hessian)
-    if problem.w.numel() == 0:
-        return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
-    grid = start_grid(problem)
-    return problem.result(compensate(problem, grid), grid)
+
+    def solve(problem: Problem) -> tuple[Tensor, Grid]:
+        grid = start_grid(problem)
+        return compensate(problem, grid), grid
+
+    return round_by(solve, w, fmt, group_size, valid, hessian)
 
 
 def start_grid(problem: Problem) -> Grid:

@@ -7,6 +7,7 @@ convolution's groups are its blocks. Every row is a problem of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.quantizers import (
+    DEFAULTS,
     QuantizedWeight,
     effective_scales,
+    find,
     group_units,
     nearest_codes,
     split_scales,
@@ -134,6 +137,21 @@ def make_problem(
     units = -(-k // group_size) if group_size else 1
     blocks = w[:, valid].float().view(len(h), -1, int(valid.sum()))
     return Problem(blocks, damp(h), fmt, group_size, unit[valid], units, valid)
+
+
+def round_by(
+    solve: Callable[[Problem], tuple[Tensor, Grid]],
+    w: Tensor,
+    fmt: Format,
+    group_size: int | None,
+    valid: Tensor | None,
+    hessian: Tensor,
+) -> QuantizedWeight:
+    """The weight that levels and grid of a `DataQuantizer`'s problem make; `solve` finds them."""
+    problem = make_problem(w, fmt, group_size, valid, hessian)
+    if problem.w.numel() == 0:
+        return find(DEFAULTS[fmt.name], fmt.name)(w, fmt, group_size, valid)
+    return problem.result(*solve(problem))
 
 
 def damp(h: Tensor, share: float = DAMPING) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowbit import quantizers
-from lowbit.baselines import eval_mode, run
+from lowbit.baselines import eval_mode, no_fused_paths, run
 from lowbit.nn.linear import Linear
 from lowbit.plan import Job
 from lowbit.quality import floating_tensors
@@ -404,14 +404,3 @@ def _kept(x: Any) -> Any:
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
-
-
-@contextlib.contextmanager
-def no_fused_paths() -> Iterator[None]:
-    """Transformer encoders call their layers, instead of handing their weights to one function."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.baselines import eval_mode, run
+from lowbit.baselines import eval_mode, no_fused_paths, run
 from lowbit.calibration.data import Data, repeatable
 from lowbit.quality import floating_tensors
-from lowbit.rounding.sequential import no_fused_paths
 
 _SMALLEST = 1e-5  # of a magnitude, before it is a divisor
 _AGREES = 1e-3  # relative error at which two outputs are the same but for rounding

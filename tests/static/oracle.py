@@ -11,6 +11,7 @@ import ctypes
 import math
 
 import numpy as np
+import oracle_static
 from oracle import FORMATS, conv_blocks, fma, im2col, scaled_sum, tap_channels, unpack
 
 F32 = np.float32
@@ -51,40 +52,6 @@ def look_up(v: np.ndarray, table: tuple[float, int, bytes]) -> np.ndarray:
     with np.errstate(all="ignore"):
         index = np.clip(np.rint(v * F32(inv)), low, low + len(entries) - 1)
     return entries[index.astype(np.int64) - low]
-
-
-def static_bias(
-    codes: np.ndarray,
-    valid: np.ndarray,
-    fmt: str,
-    scale: np.ndarray,
-    group_scale: np.ndarray | None,
-    group_zero: np.ndarray | None,
-    group_size: int,
-    bias: np.ndarray | None,
-    x_scale: float,
-    x_zero: int,
-) -> np.ndarray:
-    """The bias float32 [N] that takes the zero point out of sums over codes.
-
-    Args:
-        codes: uint8 [N, K]; valid: bool [K], which of them are weights and no padding.
-    """
-    bias = np.zeros(len(codes), F32) if bias is None else bias
-    if x_zero == 0:
-        return bias
-    value = FORMATS[fmt].value(codes) * valid
-    if not group_size:
-        total = value.sum(axis=1).astype(np.float64)
-    else:
-        total = np.zeros(len(codes))
-        for g, start in enumerate(range(0, codes.shape[1], group_size)):
-            part = slice(start, start + group_size)
-            total += group_scale[:, g].astype(np.float64) * value[:, part].sum(axis=1)
-            if group_zero is not None:
-                total += group_zero[:, g].astype(np.float64) * int(valid[part].sum())
-    step = (F32(x_scale) * scale).astype(np.float64)
-    return (bias.astype(np.float64) - step * (np.float64(x_zero) * total)).astype(F32)
 
 
 class Program:
@@ -183,18 +150,8 @@ class Program:
         columns = columns[:, :out_h, :out_w]
         tap = tap_channels(fmt, channels // groups)
         valid = np.arange(codes.shape[1]) % tap < channels // groups
-        offsets = static_bias(
-            codes,
-            valid,
-            fmt,
-            scale,
-            group_scale,
-            group_zero,
-            group_size,
-            bias,
-            x_scale,
-            x_zero,
-        )
+        weights = (codes, valid, fmt, scale, group_scale, group_zero, group_size, bias)
+        offsets = oracle_static.bias(*weights, (x_scale, x_zero))
         pixels = len(q) * out_h * out_w
         outputs = [
             scaled_sum(

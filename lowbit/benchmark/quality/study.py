@@ -193,14 +193,6 @@ class QualityCase(SavedCase):
         method = self.chosen
         return 15.0 + 60.0 * method.data + 120.0 * bool(method.options.get("block_steps"))
 
-    def beside(self, other: QualityCase) -> bool:
-        """Each has a process of its own."""
-        return self == other
-
-    def options(self, batch: Sequence[QualityCase]) -> dict[str, Any]:
-        """Its own fields."""
-        return {"quality": self.quality, "method": self.method}
-
 
 def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
     """Every method on the networks named."""
