@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import _core
-from lowbit.nn.base import QuantizedLayer
+from lowbit.nn.base import is_compiling
 from lowbit.observers import Affine
 from lowbit.static import eager
 from lowbit.static.account import Account, make_account
@@ -103,7 +103,6 @@ class Network(nn.Module):
 
     # --- Running ---------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float model returns.
 
@@ -112,6 +111,12 @@ class Network(nn.Module):
             ValueError: sizes that do not fit.
             RuntimeError: an input that is not on the CPU.
         """
+        if is_compiling():
+            # Not as a decorator: that would import the compiler with lowbit, which takes a second.
+            return torch.compiler.disable(self._run)(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         values = self._bind(args, kwargs)
         last = any(_is_channels_last(x) for x in values.values())
         with torch.no_grad():
@@ -312,8 +317,3 @@ def _as_pixels(x: Tensor, size: tuple[int, int, int], planar: bool) -> Tensor:
     if planar:
         return x.reshape(len(x), channels, height, width).movedim(1, 3)
     return x.reshape(len(x), height, width, channels)
-
-
-def packed_layers(network: Network) -> list[QuantizedLayer]:
-    """The layers whose weights programs take."""
-    return [m for m in network.modules() if isinstance(m, QuantizedLayer)]

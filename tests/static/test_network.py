@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -355,3 +357,15 @@ def test_layers_that_torch_fx_does_not_see():
     rows = {row.name: row for row in lowbit.summary(found).rows}
     assert rows["1.linear1"].converted
     assert "does not look into '1', a TransformerEncoderLayer" in rows["0"].note
+
+
+def test_a_compiled_function_calls_it(network, images):
+    compiled = torch.compile(lambda x: network(x + 1) * 2, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(images), network(images + 1) * 2)
+        assert torch.equal(torch.compile(network, backend="eager")(images), network(images))
+
+
+def test_importing_lowbit_leaves_the_compiler_out():
+    code = "import sys, torch, lowbit; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
