@@ -113,7 +113,8 @@ class Network(nn.Module):
         """
         if is_compiling():
             # Not as a decorator: that would import the compiler with lowbit, which takes a second.
-            return torch.compiler.disable(self._run)(*args, **kwargs)
+            eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+            return eager(*args, **kwargs)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
