@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lowbit.errors import one_line
-from lowbit.nn.base import LowbitLayer
+from lowbit.nn.layer import LowbitLayer
 from lowbit.report import FLOAT_CLASSES
 
 # What a forward may ask of a layer's output without depending on its values.

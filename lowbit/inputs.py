@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,6 +47,21 @@ def runs_directly(x: object) -> bool:
         if intercepted():
             return False
     return True
+
+
+def differentiates(x: Tensor) -> bool:
+    """Whether a transform of torch.func (grad, jacrev, jvp) asks for derivatives with respect to x.
+
+    It takes those of an operator that has none for 0.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and (
+            x.requires_grad or unpack_dual(x).tangent is not None
+        ):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_tensor(x: object, owner: str) -> None:

@@ -9,14 +9,14 @@ the profiler, and for tensor subclasses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit import _core
 from lowbit.inputs import (
@@ -372,18 +372,6 @@ def _conv_transpose2d(
     )
 
 
-def _conv_transpose2d_vmap(
-    info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
-) -> tuple[Tensor, int]:
-    """Images do not depend on each other. (torch's own fallback takes no lists of tensors.)"""
-    flat, _ = tree_flatten(list(in_dims[1:]))
-    if any(dim is not None for dim in flat):
-        raise ValueError("lowbit::conv_transpose2d: vmap over the weights is not supported")
-    images = x.movedim(in_dims[0], 0)
-    y = torch.ops.lowbit.conv_transpose2d(images.flatten(0, 1), *rest)
-    return torch.unflatten(y, 0, tuple(images.shape[:2])), 0
-
-
 def _conv_transpose2d_fake(
     x: Tensor,
     weight_packed: Sequence[Tensor],
@@ -414,6 +402,32 @@ def _conv_transpose2d_fake(
     return _new_image(x, out_channels, height, width, suggests_channels_last(x))
 
 
+def _vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
+    """The batching rule of an operator: rows and images do not depend on each other."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        operator = getattr(torch.ops.lowbit, name)
+        leaves, spec = tree_flatten(arguments)
+        dims, _ = tree_flatten(in_dims)
+        if any(dim is not None for dim in dims[1:]):  # each has weights of its own
+            outputs = []
+            for i in range(info.batch_size):
+                own = [
+                    leaf if dim is None else leaf.select(dim, i)
+                    for leaf, dim in zip(leaves, dims, strict=True)
+                ]
+                outputs.append(operator(*tree_unflatten(own, spec)))
+            return torch.stack(outputs), 0
+        x, *rest = arguments
+        x = x.movedim(dims[0], 0)
+        if name == "linear":
+            return operator(x, *rest), 0
+        y = operator(x.flatten(0, 1), *rest)
+        return torch.unflatten(y, 0, tuple(x.shape[:2])), 0
+
+    return rule
+
+
 def _register() -> None:
     # A compiler must hand over the strides that eager mode has: they decide the output's.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -431,7 +445,7 @@ def _register() -> None:
         torch.library.define(name, schema, tags=tags)
         torch.library.impl(name, "CPU", implementation)
         torch.library.register_fake(name, fake)
-    torch.library.register_vmap("lowbit::conv_transpose2d", _conv_transpose2d_vmap)
+        torch.library.register_vmap(name, _vmap(name.removeprefix("lowbit::")))
 
 
 _register()

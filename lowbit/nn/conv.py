@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from lowbit import _core, ops
 from lowbit.direct import prepare_conv2d
 from lowbit.inputs import check_channels, output_size
 from lowbit.nn.base import QuantizedLayer
-from lowbit.nn.floats import check_float_layer, float_bias
 from lowbit.packed import (
     DYNAMIC,
     ActivationTensors,
@@ -26,7 +25,6 @@ from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
 
 _Size = int | tuple[int, ...]
-_Conv = TypeVar("_Conv", bound="Convolution")
 
 
 def weight_to_matrix(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor]:
@@ -107,48 +105,13 @@ class Convolution(QuantizedLayer):
             )
         self._create_buffers(scheme, bias, device, dtype)
 
-    @classmethod
-    def like(
-        cls: type[_Conv],
-        module: nn.Conv1d | nn.Conv2d,
-        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
-        device: torch.device | str = "cpu",
-    ) -> _Conv:
-        """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
-        return cls(
-            **cls._arguments(module),
-            bias=module.bias is not None,
-            scheme=scheme,
-            device=device,
-            dtype=module.weight.dtype,
-        )
-
-    @classmethod
-    def from_float(
-        cls: type[_Conv],
-        module: nn.Conv1d | nn.Conv2d,
-        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
-    ) -> _Conv:
-        """A quantized layer with the weights of a float one, which stays as it is.
-
-        Raises:
-            TypeError: the module is no float layer of this kind.
-            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
-        """
-        weight = check_float_layer(module, cls._float, f"lowbit.nn.{cls._float.__name__}")
-        layer = cls.like(module, scheme)
-        layer.quantize_from(weight, float_bias(module))
-        return layer.train(module.training)
-
     def quantize_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes over a float layer's weight, quantized, and a bias float32 [N]."""
         matrix, valid = weight_to_matrix(weight.float(), self.scheme.weight)
         self.set_quantized_weight(quantize_weight(matrix, self.scheme, valid))
         self.bias = bias
 
     @staticmethod
     def _arguments(module: Any) -> dict[str, Any]:
-        """The sizes of a float or a quantized convolution, as arguments of either's class."""
         sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
         return {name: getattr(module, name) for name in (*sizes, "groups", "padding_mode")}
 
@@ -170,8 +133,8 @@ class Convolution(QuantizedLayer):
 
     def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
-        images = self._to_images(x)
-        if isinstance(x, Tensor):
+        images, known = self._to_images(x), self._sizes_are_known(x)
+        if known:
             check_channels(images.shape, self.in_channels, self.label)
         if self._channels_last is False:
             images = images.contiguous()
@@ -179,7 +142,7 @@ class Convolution(QuantizedLayer):
         if self.padding_mode != "zeros":
             images, padding = self._pad(images), (0, 0, 0, 0)
         kernel, stride, dilation = map(self._two, (self.kernel_size, self.stride, self.dilation))
-        if isinstance(x, Tensor):
+        if known:
             output_size(images.shape, kernel, stride, padding, dilation, self.label)
         sizes = (self.in_channels, self.out_channels, self.scheme.group_size or 0)
         window = (kernel, stride, padding, dilation, self.groups, self.epilogue)
@@ -213,7 +176,7 @@ class Convolution(QuantizedLayer):
 
     def _pad(self, x: Tensor) -> Tensor:
         """The image padded by its own pixels."""
-        if isinstance(x, Tensor):
+        if self._sizes_are_known(x):
             check_channels(x.shape, self.in_channels, self.label)
         top, left, bottom, right = self._pads()
         try:
@@ -332,6 +295,7 @@ class Conv1d(Convolution):
     def _to_images(self, x: Any) -> Any:
         if isinstance(x, Tensor):
             x = x.unsqueeze(0) if x.dim() == 2 else x
+        if self._sizes_are_known(x):
             check_channels(x.shape, self.in_channels, self.label, dims=1)
         return x.unsqueeze(2)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.inputs import check_channels, runs_directly, transposed_size
-from lowbit.nn.base import DequantizedWeight, LowbitLayer, is_compiling
 from lowbit.nn.conv import Conv2d
-from lowbit.nn.floats import autocast, check_float_layer, float_bias
+from lowbit.nn.floats import autocast
+from lowbit.nn.layer import DequantizedWeight, LowbitLayer, is_compiling
 from lowbit.nn.loading import FLOAT_WEIGHT
 from lowbit.packed import ACTIVATION_NAMES, ActivationTensors
 from lowbit.phases import Pair, Part, parts
@@ -45,6 +45,8 @@ class ConvTranspose2d(LowbitLayer):
     """
 
     parts: nn.ModuleList
+
+    _float = nn.ConvTranspose2d
 
     def __init__(
         self,
@@ -115,48 +117,25 @@ class ConvTranspose2d(LowbitLayer):
             for part in self._geometry()
         )
 
-    @classmethod
-    def like(
-        cls,
-        module: nn.ConvTranspose2d,
-        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
-        device: torch.device | str = "cpu",
-    ) -> ConvTranspose2d:
-        """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
-        return cls(
-            **_arguments(module),
-            bias=module.bias is not None,
-            scheme=scheme,
-            device=device,
-            dtype=module.weight.dtype,
-        )
+    @staticmethod
+    def _arguments(module: Any) -> dict[str, Any]:
+        sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        names = (*sizes, "output_padding", "groups", "padding_mode")
+        return {name: getattr(module, name) for name in names}
 
-    @classmethod
-    def from_float(
-        cls, module: nn.ConvTranspose2d, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
-    ) -> ConvTranspose2d:
-        """A quantized layer with the weights of a float one, which stays as it is.
-
-        Raises:
-            TypeError: the module is no `nn.ConvTranspose2d`.
-            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
-        """
-        weight = check_float_layer(module, nn.ConvTranspose2d, "lowbit.nn.ConvTranspose2d")
-        layer = cls.like(module, scheme)
-        bias = float_bias(module)
-        for part, conv in zip(layer._geometry(), layer._convolutions(), strict=True):
+    def quantize_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        for part, conv in zip(self._geometry(), self._convolutions(), strict=True):
             # As the part has its channels: [groups, phases, N / groups, C / groups, taps].
-            taps = [layer._split(weight)[at].transpose(1, 2) for at in part.taps()]
+            taps = [self._split(weight)[at].transpose(1, 2) for at in part.taps()]
             repeated = None
             if bias is not None:
-                repeated = bias.view(layer.groups, 1, -1).repeat(1, part.count, 1).flatten()
+                repeated = bias.view(self.groups, 1, -1).repeat(1, part.count, 1).flatten()
             conv.quantize_from(torch.stack(taps, 1).flatten(0, 2), repeated)
-        return layer.train(module.training)
 
     def dequantize(self) -> nn.ConvTranspose2d:
         """A float layer whose weights are what the codes mean."""
         bias = self.bias
-        layer = nn.ConvTranspose2d(**_arguments(self), bias=bias is not None, device="meta")
+        layer = nn.ConvTranspose2d(**self._arguments(self), bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(self.weight.as_subclass(Tensor))
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(self.weight_dtype, copy=True))
@@ -215,8 +194,9 @@ class ConvTranspose2d(LowbitLayer):
         direct = not is_compiling() and runs_directly(input)
         x = input if direct and not input.requires_grad else self._check_input(input)
         unbatched = isinstance(x, Tensor) and x.dim() == 3
-        if isinstance(x, Tensor):
-            x = x.unsqueeze(0) if unbatched else x
+        known = self._sizes_are_known(x)
+        x = x.unsqueeze(0) if unbatched else x
+        if known:
             check_channels(x.shape, self.in_channels, self.label)
         window = self._window()
         if output_size is not None:
@@ -227,7 +207,7 @@ class ConvTranspose2d(LowbitLayer):
             weights = [conv._operands() for conv in self._convolutions()]
             y = ops.conv_transpose2d_direct(x, weights, self._geometry(), *window, self.label)
         else:
-            if isinstance(x, Tensor):
+            if known:
                 transposed_size(x.shape, *window, self.label)
             fixed = self._activation_tensors() if self.scheme.static else ()
             y = torch.ops.lowbit.conv_transpose2d(
@@ -384,12 +364,6 @@ class ConvTranspose2d(LowbitLayer):
             if value != default:
                 described.append(f"{name}={value}")
         return ", ".join(described)
-
-
-def _arguments(module: Any) -> dict[str, Any]:
-    """The sizes of a float or a quantized layer, as arguments of either's class."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding")
-    return {name: getattr(module, name) for name in (*names, "groups", "dilation", "padding_mode")}
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

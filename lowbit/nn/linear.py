@@ -12,7 +12,6 @@ from lowbit import _core, ops
 from lowbit.direct import prepare_linear
 from lowbit.inputs import check_features
 from lowbit.nn.base import QuantizedLayer
-from lowbit.nn.floats import check_float_layer, float_bias
 from lowbit.packed import DYNAMIC, ActivationTensors, PackedWeight, Tensors, linear_weight
 from lowbit.quantizers import quantize_weight
 from lowbit.schemes import Scheme
@@ -33,6 +32,8 @@ class Linear(QuantizedLayer):
         ValueError: an invalid scheme or size.
     """
 
+    _float = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -49,38 +50,14 @@ class Linear(QuantizedLayer):
             raise ValueError(f"{self.label}: sizes must not be negative")
         self._create_buffers(Scheme.parse(scheme), bias, device, dtype)
 
-    @classmethod
-    def like(
-        cls,
-        module: nn.Linear,
-        scheme: str | Scheme | Mapping[str, Any] = "w8a8",
-        device: torch.device | str = "cpu",
-    ) -> Linear:
-        """A layer with the sizes of a float one, whose weights are not read: its own are zero."""
-        return cls(
-            module.weight.shape[1],
-            module.weight.shape[0],
-            bias=module.bias is not None,
-            scheme=scheme,
-            device=device,
-            dtype=module.weight.dtype,
-        )
+    @staticmethod
+    def _arguments(module: Any) -> dict[str, Any]:
+        out_features, in_features = module.weight.shape
+        return {"in_features": in_features, "out_features": out_features}
 
-    @classmethod
-    def from_float(
-        cls, module: nn.Linear, scheme: str | Scheme | Mapping[str, Any] = "w8a8"
-    ) -> Linear:
-        """A quantized layer with the weights of a float one, which stays as it is.
-
-        Raises:
-            TypeError: the module is no `nn.Linear`.
-            ValueError: an invalid scheme; weights with NaN or Inf, or not on the CPU.
-        """
-        weight = check_float_layer(module, nn.Linear, "lowbit.nn.Linear")
-        layer = cls.like(module, scheme)
-        layer.set_quantized_weight(quantize_weight(weight.float(), layer.scheme))
-        layer.bias = float_bias(module)
-        return layer.train(module.training)
+    def quantize_from(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.set_quantized_weight(quantize_weight(weight.float(), self.scheme))
+        self.bias = bias
 
     def dequantize(self) -> nn.Module:
         """A float layer whose weights are what the codes mean, its epilogue behind it if any."""
@@ -95,7 +72,7 @@ class Linear(QuantizedLayer):
 
     def _dispatch(self, x: Any) -> Tensor:
         x = self._check_input(x)
-        if isinstance(x, Tensor):
+        if self._sizes_are_known(x):
             check_features(x.shape, self.in_features, self.label)
         sizes = (self.in_features, self.out_features, self.scheme.group_size or 0)
         return self._call_operator(torch.ops.lowbit.linear, x, *sizes, self.epilogue)

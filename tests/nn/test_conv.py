@@ -158,17 +158,13 @@ def test_an_image_does_not_depend_on_the_others(geometry, scheme):
         assert expected.same_bits(layer(x[i : i + 1])[0], want[i])
 
 
-def test_threads_do_not_change_bits():
+def test_threads_do_not_change_bits(use_threads):
     layer = make("taps padded")
     x = image(layer, 3, 30, 29)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(layer(x))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        results.append(layer(x))
     assert all(expected.same_bits(results[0], other) for other in results[1:])
 
 
@@ -305,23 +301,6 @@ def test_dynamic_image_sizes():
         x = image(layer, 2, height, width)
         assert expected.same_bits(compiled(x), layer(x))
     torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_tracing():
-    for geometry in ("3x3", "reflect"):
-        layer = make(geometry)
-        x = image(layer)
-        assert expected.same_bits(torch.jit.trace(layer, x)(x), layer(x))
-        graph = torch.fx.symbolic_trace(nn.Sequential(layer))
-        assert expected.same_bits(graph(x), layer(x))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap():
-    layer = make()
-    x = torch.randn(3, 2, 8, 9, 8)
-    assert expected.same_bits(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
 
 
 @pytest.mark.parametrize("geometry", ["3x3", "reflect"])

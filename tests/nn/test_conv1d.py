@@ -137,19 +137,10 @@ def test_under_pytorchs_machinery(geometry):
         program.module()(signal(layer, 5).mul_(0)), layer(0 * signal(layer, 5))
     )
     assert expected.same_bits(program.module()(x), layer(x))
-    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
-    assert expected.same_bits(traced(x), layer(x))
     meta = make(geometry).to("meta")
     assert meta(x.to("meta")).shape == layer(x).shape
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert expected.same_bits(layer(x).float(), layer(x.float()).bfloat16().float())
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap():
-    layer = make()
-    x = torch.randn(3, 2, 8, 9)
-    assert expected.same_bits(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
 
 
 def test_bad_input_names_the_layer():

@@ -111,16 +111,12 @@ def test_a_row_does_not_depend_on_the_others(scheme):
         assert expected.same_bits(layer(x[i]), want[i])
 
 
-def test_threads_do_not_change_bits():
+def test_threads_do_not_change_bits(use_threads):
     layer, x = make("w4a8", 512, 300), torch.randn(40, 512)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(layer(x))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        results.append(layer(x))
     assert all(expected.same_bits(results[0], other) for other in results[1:])
 
 
@@ -281,24 +277,11 @@ def test_export_to_a_file(tmp_path):
     assert expected.same_bits(loaded(x), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_tracing():
-    layer, x = make(), torch.randn(4, 75)
-    traced = torch.jit.trace(layer, x)
-    assert "lowbit::linear" in str(traced.graph)
-    assert expected.same_bits(traced(x), layer(x))
-
-
 def test_symbolic_tracing():
     model, x = nn.Sequential(make(), nn.ReLU()).eval(), torch.randn(4, 75)
     graph = torch.fx.symbolic_trace(model)
     assert any(node.target == torch.ops.lowbit.linear for node in graph.graph.nodes)
     assert expected.same_bits(graph(x), model(x))
-
-
-def test_vmap():
-    layer, x = make(), torch.randn(3, 4, 75)
-    assert expected.same_bits(torch.vmap(layer)(x), layer(x))
 
 
 def test_modes_and_profiler_see_the_operator():
