@@ -69,6 +69,14 @@ def working_directory(tmp_path_factory):
     os.chdir(before)
 
 
+@pytest.fixture
+def use_threads():
+    """A function that sets torch's number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def _isa_params() -> list:
     return [
         pytest.param(

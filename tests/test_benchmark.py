@@ -40,11 +40,8 @@ PEER_ERROR = {32: 1e-6, 16: 0.01, 8: 0.05, 4: 0.1, 2: 0.6, 1: 0.6}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(use_threads):
+    use_threads(1)
 
 
 def quick_measure(case, candidates, rotate_bytes=0):

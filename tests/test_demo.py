@@ -32,11 +32,8 @@ def views():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(use_threads):
+    use_threads(1)
 
 
 def test_random_crops_are_repeatable_and_differ():

@@ -149,18 +149,16 @@ def test_dtypes(dtype, change):
     assert not answer(layer, wanting).requires_grad
 
 
-def test_threads_and_default_dtype_and_released_gil():
+def test_threads_and_default_dtype_and_released_gil(use_threads):
     layer = Linear.from_float(nn.Linear(1024, 512).eval(), "w8a8")
     x = torch.randn(64, 1024)
     want = layer(x)
-    before = torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
     try:
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+            use_threads(threads)
             assert expected.same_bits(answer(layer, x), want)
     finally:
-        torch.set_num_threads(before)
         torch.set_default_dtype(torch.float32)
 
 

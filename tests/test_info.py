@@ -44,13 +44,9 @@ def test_lists_the_isas_built_in():
     assert any(row["usable"] and row["name"] == _core.isa() for row in built_in)
 
 
-def test_threads_are_those_of_torch():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert cpu_info()["threads"]["torch"] == 1
-    finally:
-        torch.set_num_threads(before)
+def test_threads_are_those_of_torch(use_threads):
+    use_threads(1)
+    assert cpu_info()["threads"]["torch"] == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")

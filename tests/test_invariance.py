@@ -62,14 +62,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
-@pytest.fixture
-def set_threads():
-    """A function that sets torch's number of threads, until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @every_layer
 @every_scheme
 def test_every_isa(name, scheme, isa):
@@ -79,10 +71,10 @@ def test_every_isa(name, scheme, isa):
 
 @every_layer
 @every_scheme
-def test_every_number_of_threads(name, scheme, set_threads):
+def test_every_number_of_threads(name, scheme, use_threads):
     layer, x, y = example(name, scheme)
     for threads in (1, 2, 3, 5):
-        set_threads(threads)
+        use_threads(threads)
         assert same_bits(layer(x), y)
         assert same_bits(layer(x[:1]), y[:1])
 
@@ -140,20 +132,20 @@ def test_every_batch_shape(which, scheme):
 
 @every_layer
 @every_scheme
-def test_every_run(name, scheme, set_threads):
+def test_every_run(name, scheme, use_threads):
     layer, x, y = example(name, scheme)
-    set_threads(2)
+    use_threads(2)
     for _ in range(5):
         assert same_bits(layer(x), y)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w2a8", "w1a1", "w8a16"])
-def test_converting_again_gives_the_same_weights(scheme, isa, set_threads):
+def test_converting_again_gives_the_same_weights(scheme, isa, use_threads):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(96, 40), nn.Linear(40, 7))
     expected = lowbit.quantize(model, scheme).state_dict()
     for threads in (1, 3):
-        set_threads(threads)
+        use_threads(threads)
         state = lowbit.quantize(model, scheme).state_dict()
         assert list(state) == list(expected)
         for key, value in state.items():

@@ -268,16 +268,12 @@ def test_rows_do_not_depend_on_each_other_or_on_chunks(scheme, monkeypatch):
 
 
 @all_cases
-def test_deterministic_over_threads(scheme):
+def test_deterministic_over_threads(scheme, use_threads):
     w = torch.randn(3, 40000)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            results.append(quantize_weight(w, scheme))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 1):
+        use_threads(threads)
+        results.append(quantize_weight(w, scheme))
     for other in results[1:]:
         assert torch.equal(results[0].codes, other.codes)
         assert torch.equal(results[0].scale, other.scale)
@@ -356,22 +352,16 @@ def test_fit_scales_counts_the_nearest_levels(isa, name):
             np.testing.assert_allclose(out[unit], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fit_scales_gives_the_same_bits_on_every_isa_and_thread_count():
+def test_fit_scales_gives_the_same_bits_on_every_isa_and_thread_count(use_isa, use_threads):
     generator = torch.Generator().manual_seed(4)
     w = torch.randn(70, 333, generator=generator)
     results = []
-    used = _core.isa()
-    threads = torch.get_num_threads()
-    try:
-        for built in _core.isas():
-            if built["usable"]:
-                _core.set_isa(built["name"])
-                for count in (1, 3):
-                    torch.set_num_threads(count)
-                    results.append(quantize_weight(w, Scheme("int4", group_size=64)))
-    finally:
-        _core.set_isa(used)
-        torch.set_num_threads(threads)
+    for built in _core.isas():
+        if built["usable"]:
+            use_isa(built["name"])
+            for count in (1, 3):
+                use_threads(count)
+                results.append(quantize_weight(w, Scheme("int4", group_size=64)))
     assert len(results) >= 2
     for other in results[1:]:
         assert torch.equal(other.codes, results[0].codes)

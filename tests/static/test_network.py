@@ -125,14 +125,10 @@ def test_memory_format_of_the_output(images):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_change_nothing(threads, network, images):
-    before = torch.get_num_threads()
+def test_threads_change_nothing(threads, network, images, use_threads):
     wanted = eagerly(network, images)
-    try:
-        torch.set_num_threads(threads)
-        assert torch.equal(network(images), wanted)
-    finally:
-        torch.set_num_threads(before)
+    use_threads(threads)
+    assert torch.equal(network(images), wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
