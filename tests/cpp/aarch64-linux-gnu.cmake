@@ -1,6 +1,6 @@
 # Cross compiles with Debian's g++-aarch64-linux-gnu; the tests run under qemu-aarch64, which takes
 # the CPU from QEMU_CPU. Usage: cmake -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64-linux-gnu.cmake ...
-# README.md ("To build for CPUs that you know") makes wheels with it.
+# README.md ("Wheels for the CPUs that you ship to") makes wheels with it.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 
