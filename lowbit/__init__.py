@@ -18,7 +18,8 @@ try:
     from lowbit import _core
 except ImportError as error:
     # The command cannot begin, and says so as it says other errors: in a line.
-    if Path(sys.argv[0]).stem == "lowbit" or "lowbit.cli" in sys.orig_argv:
+    as_module = sys.argv[0] == "-m" and {"lowbit", "lowbit.cli"} & set(sys.orig_argv)
+    if as_module or Path(sys.argv[0]).stem == "lowbit":
         raise SystemExit(f"lowbit: error: {error}") from None
     raise
 from lowbit import nn, observers, qat

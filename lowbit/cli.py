@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 import traceback
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from lowbit.argument_types import number, numbers, seconds
+from lowbit.comparison import finite
 from lowbit.errors import one_line
 from lowbit.model_argument import (
     CommandError,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.set_num_threads(threads)
             result = arguments.run(arguments, progress)
         progress.clear()
-        text = json.dumps(_strict(result.data), indent=2) if arguments.json else result.text
+        text = json.dumps(finite(result.data), indent=2) if arguments.json else result.text
         print(text, flush=True)
     except KeyboardInterrupt:
         progress.clear()
@@ -167,7 +168,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
 
 def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.convert import quantize
-    from lowbit.report import summary
+    from lowbit.report import size_text, summary
     from lowbit.serialize import save_file
 
     scheme: str | None = None
@@ -198,7 +199,7 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> Output:
     save_file(quantized, arguments.output)
     size = arguments.output.stat().st_size
     closing = (
-        f"wrote {arguments.output} ({size / 2**20:.1f} MiB); to load it:\n"
+        f"wrote {arguments.output} ({size_text(size)}); to load it:\n"
         f"  model = lowbit.load_file(float_model, {str(arguments.output)!r})"
     )
     data = report.to_dict() | {"file": str(arguments.output), "file_bytes": size}
@@ -321,17 +322,6 @@ def _one_line_warnings(progress: Progress) -> Iterator[None]:
         yield
 
 
-def _strict(value: Any) -> Any:
-    """NaN and infinities, which JSON has no numbers for, as the strings that `float()` takes."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lowbit", description=DESCRIPTION)
     parser.add_argument("--version", action=_Version)
@@ -345,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         if name != "bench":  # which takes several numbers of threads
             made.add_argument(
-                "--threads", type=_positive, metavar="N", help="threads (default: torch's choice)"
+                "--threads", type=number, metavar="N", help="threads (default: torch's choice)"
             )
         return made
 
@@ -412,7 +402,7 @@ class _Version(argparse.Action):
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_mutually_exclusive_group()
-    inputs.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="random normal")
+    inputs.add_argument("--input-shape", type=numbers, metavar="1,3,224,224", help="random normal")
     inputs.add_argument("--inputs", type=Path, metavar="FILE", help=".pt, .npy or .safetensors")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
 
@@ -449,26 +439,8 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 def _add_seconds(parser: argparse.ArgumentParser, default: float | None) -> None:
     usual = "of one shape, M and thread count" if default is None else "(default: %(default)s)"
     parser.add_argument(
-        "--seconds", type=_seconds, default=default, metavar="S", help=f"for the timing {usual}"
+        "--seconds", type=seconds, default=default, metavar="S", help=f"for the timing {usual}"
     )
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
-def _shape(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import lowbit._core as _core
 from lowbit import baselines, timing
 from lowbit.calibration.data import Data, repeatable
 from lowbit.comparison import Comparison, Row
-from lowbit.errors import one_line
+from lowbit.errors import check_model, one_line
 from lowbit.html.details import gather
 from lowbit.html.packages import check_packages
 from lowbit.quality import Quality, QualityMeter
@@ -87,6 +87,7 @@ def compare(
         RuntimeError: a candidate fails on the inputs, or its outputs are not built like the float
             model's; the message names it.
     """
+    check_model(model)
     report = progress if progress is not None else _no_progress
     batches = _batches(inputs)
     head = list(itertools.islice(batches, _CALIBRATION_BATCHES))
@@ -342,7 +343,7 @@ def _row(
 
 def _file_bytes(model: nn.Module) -> tuple[int | None, str]:
     """Size of the saved model, or why it cannot be saved."""
-    from lowbit.nn.base import LowbitLayer
+    from lowbit.nn.layer import LowbitLayer
     from lowbit.serialize import save_file
 
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lowbit import rules
 from lowbit.baselines import run
 from lowbit.calibration.data import Data, batches, repeatable
+from lowbit.errors import one_line
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
@@ -86,6 +87,7 @@ def quantize(
         The copy. Where `model` is itself a layer, the lowbit layer.
 
     Raises:
+        TypeError: `model` is no `nn.Module`, but, say, a state dict.
         ValueError: a scheme is not valid, an override matches no layer, or a layer cannot be
             converted (NaN in its weight): the message names it. Calibration data that no scheme
             asks for, or that holds no batch.
@@ -132,7 +134,7 @@ def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
         _set_epilogue(memo[id(job.module)], job)
     for module in plan.absorbed:
         memo[id(module)] = identity(module)
-    result: nn.Module = copy.deepcopy(model, memo)
+    result = _copy(model, memo)
     for job in plan.jobs:
         # After the model: a hook may be a method of a module, which then has its copy already.
         carried = carried_state(job.module, rules.is_builtin(job.converter))
@@ -142,7 +144,17 @@ def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
             set_entry(memo[id(module)], entry)
     _check_all_in(result, plan, memo)
     run_converted_encoder_layers(result)
-    _warn_if_nothing_converted(result)
+    _warn_if_nothing_converted(plan, result)
+    return result
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        result: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:  # of any class that the model holds
+        raise RuntimeError(
+            f"the model cannot be copied, which lowbit.quantize_ does not need ({one_line(error)})"
+        ) from error
     return result
 
 
@@ -234,7 +246,7 @@ def convert_in_place(model: nn.Module, plan: Plan) -> None:
     for module, entry in plan.entries:
         set_entry(identities.get(id(module), module), entry)
     run_converted_encoder_layers(model)
-    _warn_if_nothing_converted(model)
+    _warn_if_nothing_converted(plan, model)
 
 
 def child_slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -466,8 +478,13 @@ def _learning(
     )
 
 
-def _warn_if_nothing_converted(model: nn.Module) -> None:
-    if not any(is_converted(module) for module in model.modules()):
-        warnings.warn(
-            "no layer was converted: lowbit.summary(model) lists the reasons", stacklevel=4
+def _warn_if_nothing_converted(plan: Plan, model: nn.Module) -> None:
+    if plan.jobs:
+        return
+    message = "no layer was converted: lowbit.summary(model) lists the reasons"
+    if any(is_converted(module) for module in model.modules()):
+        message = (
+            "no layer was converted: those that could be are lowbit layers already; convert the "
+            "float model for another scheme"
         )
+    warnings.warn(message, stacklevel=4)

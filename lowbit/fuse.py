@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lowbit import rules
 from lowbit.baselines import eval_mode, run
 from lowbit.dataflow import Flow, NotFolded
+from lowbit.errors import check_model
 from lowbit.norms import fold_channels
 from lowbit.quality import floating_tensors
 from lowbit.report import Entry, count_bytes, is_unit, own_tensors, set_entry, walk, weight_shape
@@ -69,6 +70,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         RuntimeError: the two do not agree on `example_inputs`.
         ValueError: a module with a `__deepcopy__` of its own leaves the folded layers out.
     """
+    check_model(model)
     folds, kept = find_folds(model)
     counted: set[tuple[int, ...]] = set()
     memo: dict[int, Any] = {}

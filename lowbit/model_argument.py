@@ -35,6 +35,12 @@ def find(name: str) -> Any:
     module_name, separator, attribute = name.partition(":")
     if not (module_name and separator and attribute):
         raise UsageError(f"MODEL is package.module:factory, not {name!r}")
+    path = Path(module_name)
+    if path.suffix == ".py" or len(path.parts) > 1:
+        below = not (path.is_absolute() or ".." in path.parts)
+        dotted = ".".join(path.with_suffix("").parts) if below else path.stem
+        where = "" if below else f", in the directory {path.parent}"
+        raise UsageError(f"MODEL names a module, not a file: write {dotted}:{attribute}{where}")
     if os.getcwd() not in sys.path:  # for good: a factory may import more when it is called
         sys.path.insert(0, os.getcwd())
     try:

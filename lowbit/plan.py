@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowbit import rules
 from lowbit.dataflow import Flow
 from lowbit.epilogues import ACTIVATIONS, find_absorbed
+from lowbit.errors import check_model
 from lowbit.fuse import Fold, find_folds, folded_layer, identity, norm_entry
 from lowbit.observers import Affine
 from lowbit.report import (
@@ -115,6 +116,7 @@ def make_plan(
 
     `epilogues`: with `fuse`, whether layers take the activations behind them along, too.
     """
+    check_model(model)
     plan = plan_layers(model, _Chooser(scheme, overrides or {}, filter_fn))
     if fuse:
         plan_fusion(plan, model, epilogues=epilogues)
@@ -245,13 +247,20 @@ class _Chooser:
     def __init__(
         self, scheme: SchemeLike | None, overrides: Overrides, filter_fn: Filter | None
     ) -> None:
-        self.scheme = _parse(scheme, "scheme")
+        self.scheme = _parse(scheme)
         self.filter_fn = filter_fn
         self.names: list[str] = []
         self.lowbit_names: list[str] = []
         self.matched: set[str] = set()
         self.overrides: list[tuple[str, re.Pattern[str] | None, Scheme | None]] = []
+        if not isinstance(overrides, Mapping):
+            raise TypeError(
+                "overrides is a mapping from layers' names to schemes, such as {'head': None}, not "
+                f"a {type(overrides).__name__}"
+            )
         for key, value in overrides.items():
+            if not isinstance(key, str):
+                raise TypeError(f"overrides name layers by strings, not by a {type(key).__name__}")
             pattern = None
             if key.startswith("re:"):
                 try:
@@ -296,13 +305,13 @@ class _Chooser:
             raise ValueError(message)
 
 
-def _parse(scheme: SchemeLike | None, what: str) -> Scheme | None:
+def _parse(scheme: SchemeLike | None, what: str = "") -> Scheme | None:
     if scheme is None:
         return None
     try:
         return Scheme.parse(scheme)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}" if what else str(error)) from error
 
 
 def _scheme_name(scheme: Scheme | None) -> str:
@@ -352,13 +361,15 @@ def _note_ties(job: Job, owners: dict[int, dict[str, int]], converted: set[int])
 
 
 def _check_finite(job: Job) -> None:
-    weight = job.module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point() or weight.numel() == 0:
-        return
-    low, high = torch.aminmax(weight.detach())  # passes NaN on, and makes no temporary
-    if not (low.isfinite() and high.isfinite()):
-        count = int((~torch.isfinite(weight.detach())).sum())
-        raise ValueError(
-            f"layer '{job.name}': {count} of the {weight.numel()} weights are NaN or Inf; repair "
-            f"the checkpoint, or keep the layer float with overrides={{'{job.name}': None}}"
-        )
+    for key, plural in (("weight", "weights"), ("bias", "biases")):
+        tensor = job.module._parameters.get(key)
+        if tensor is None or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor.detach())  # passes NaN on, and makes no temporary
+        if not (low.isfinite() and high.isfinite()):
+            count = int((~torch.isfinite(tensor.detach())).sum())
+            raise ValueError(
+                f"layer '{job.name}': {count} of the {tensor.numel()} {plural} are NaN or Inf; "
+                "repair the checkpoint, or keep the layer float with overrides="
+                f"{{'{job.name}': None}}"
+            )

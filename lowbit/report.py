@@ -22,8 +22,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit import _core
+from lowbit.errors import check_model
 from lowbit.nn import LAYERS
-from lowbit.nn.base import LowbitLayer, QuantizedLayer
+from lowbit.nn.base import QuantizedLayer
+from lowbit.nn.layer import LowbitLayer
 from lowbit.schemes import Scheme
 
 FLOAT_CLASSES = tuple(LAYERS)
@@ -149,8 +151,8 @@ class Report:
                     "x".join(map(str, row.shape)),
                     row.scheme,
                     kernels.get(row.kernel, ""),
-                    _bytes(row.bytes_before),
-                    _bytes(row.bytes_after),
+                    size_text(row.bytes_before),
+                    size_text(row.bytes_after),
                     notes.get(row.note, ""),
                 ]
             )
@@ -166,8 +168,8 @@ class Report:
         lines += [f"[{number}] {note}" for note, number in notes.items()]
         lines += [
             f"{len(self.converted)} converted, {len(self.kept)} kept float{folded}; "
-            f"other parameters and buffers: {_bytes(self.other_bytes)}",
-            f"total: {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)} "
+            f"other parameters and buffers: {size_text(self.other_bytes)}",
+            f"total: {size_text(self.bytes_before)} -> {size_text(self.bytes_after)} "
             f"({self.ratio:.2f}x smaller)",
         ]
         return "\n".join(lines)
@@ -184,6 +186,7 @@ def summary(model: nn.Module) -> Report:
         parameter of two or more dimensions, and of every batch norm that was to be folded. A module
         with several names has its bytes in the row of the first; the rows of the others say so.
     """
+    check_model(model)
     counted: set[tuple[int, ...]] = set()
     first_name: dict[int, str] = {}
     rows = []
@@ -352,11 +355,11 @@ def _float_bytes(module: nn.Module) -> int:
     return 4 * (torch.Size(weight_shape(module)).numel() + (0 if bias is None else bias.numel()))
 
 
-def _bytes(count: int) -> str:
-    """A size with its binary unit: "12.3 MiB"."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
+def size_text(count: int) -> str:
+    """Bytes with a decimal unit, as budgets and comparisons have them: "12.3 MB"."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.95 and len(units) > 1:  # what would be printed as 1000.0
+        size /= 1000
         units.pop(0)
     return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,13 +130,14 @@ class Scheme:
         if not isinstance(value, str):
             raise TypeError(
                 f"a scheme is a recipe such as 'w4a8', a lowbit Scheme or a dict, not "
-                f"{type(value).__name__}: {value!r}"
+                f"{type(value).__name__}: {reprlib.repr(value)}"
             )
         match = _RECIPE.fullmatch(value)
         if match is None:
             raise ValueError(
-                f"unknown scheme {value!r}; use one of {', '.join(RECIPES)}, with a suffix such as "
-                "'-g128' for groups, '-static' for calibrated activations, or a lowbit Scheme"
+                f"unknown scheme {value!r}; use one of {', '.join(RECIPES)}, with suffixes in this "
+                "order: '-g128' for groups, '-static' for calibrated activations, a quantizer such "
+                "as '-gptq'; or a lowbit Scheme"
             )
         weight, activation, group_size, static, quantizer = match.groups()
         return cls(

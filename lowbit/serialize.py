@@ -26,6 +26,7 @@ from lowbit.convert import (
     run_converted_encoder_layers,
 )
 from lowbit.epilogues import ACTIVATIONS
+from lowbit.errors import check_model
 from lowbit.fuse import identity, out_channels
 from lowbit.nn import LAYERS
 from lowbit.nn.base import QuantizedLayer
@@ -67,6 +68,7 @@ def save_file(model: nn.Module, path: str | os.PathLike[str]) -> None:
             the meta device, a sparse one, or extra state that is no tensor.
         OSError: the file cannot be written.
     """
+    check_model(model)
     file = File(os.fspath(path))
     _collect_tensors(model, file)
     if isinstance(model, Network):
@@ -107,6 +109,7 @@ def load_file(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             remedy.
         OSError: the file cannot be read.
     """
+    check_model(model)
     file = read_file(path)
     if file.network is not None and not isinstance(model, Network):
         model = empty_network(model, file)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file as save_safetensors
 
 import lowbit
 from lowbit import _core, cli, quality
+from lowbit.report import size_text
 
 MODELS = """
 import torch
@@ -72,17 +73,16 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, use_threads):
     """An own current directory with a module of models, and nothing left behind."""
     (tmp_path / "models.py").write_text(MODELS)
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    threads, engine = torch.get_num_threads(), torch.backends.quantized.engine
-    torch.set_num_threads(1)
+    engine = torch.backends.quantized.engine
+    use_threads(1)
     yield tmp_path
-    torch.set_num_threads(threads)
     torch.backends.quantized.engine = engine
     for name in ("models", "broken", "wrong"):
         sys.modules.pop(name, None)
@@ -264,7 +264,7 @@ def test_pages(run, run_json, folder, command):
     arguments = (name, *COMPARE[1:], "models:mlp", "--schemes", "w8a8", *options)
     code, out, err = run(*arguments)
     assert code == 0, err
-    assert out.rstrip().endswith(f"wrote {path.name} ({path.stat().st_size / 1e6:.2f} MB)")
+    assert out.rstrip().endswith(f"wrote {path.name} ({size_text(path.stat().st_size)})")
     text = path.read_text(encoding="utf-8")
     assert " ".join(["lowbit", *map(str, arguments)]) in text
     assert "inputs: the model&#39;s example_inputs" in text
@@ -476,9 +476,9 @@ def test_missing_packages_of_the_demo(run, monkeypatch):
 
 
 def test_a_reader_that_stops_reading():
-    command = [sys.executable, "-m", "lowbit.cli", "info"]
+    command = [sys.executable, "-m", "lowbit", "info"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(timeout=60) == 1
-    assert b"Traceback" not in process.stderr.read()
+    assert process.stderr.read() == b""
     process.stderr.close()

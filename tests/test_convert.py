@@ -172,6 +172,24 @@ def test_converting_nothing_warns():
         lowbit.quantize_(nn.Sequential(nn.Linear(32, 32)), None)
 
 
+def test_converting_again_warns():
+    model = lowbit.quantize(nn.Sequential(nn.Linear(32, 32)), "w8a8")
+    for quantize in (lowbit.quantize, lowbit.quantize_):
+        with pytest.warns(UserWarning, match="lowbit layers already; convert the float model"):
+            quantize(model, "w4a8")
+
+
+def test_a_model_that_cannot_be_copied_converts_in_place():
+    model = nn.Sequential(nn.Linear(32, 32), nn.utils.weight_norm(nn.Linear(32, 4)))
+    with torch.enable_grad():
+        model(torch.randn(2, 32))  # its weight is no leaf now: torch does not copy it
+    with pytest.raises(RuntimeError, match=r"cannot be copied, which lowbit\.quantize_ does not"):
+        lowbit.quantize(model, "w8a8")
+    report = lowbit.quantize_(model, "w8a8")
+    assert [row.converted for row in report.rows] == [True, False]
+    assert "weight_norm" in report.rows[1].note
+
+
 # --- Shared modules and tied weights -------------------------------------------------------------
 
 

@@ -184,13 +184,14 @@ def test_max_isa_error_reaches_the_user_through_the_package():
 @pytest.mark.parametrize(
     ("launch", "arguments"),
     [
+        ("-m", ("lowbit", "info")),
         ("-m", ("lowbit.cli", "info")),
         (
             "-c",
             ("import sys; sys.argv[0] = '/usr/bin/lowbit'; from lowbit.cli import main; main()",),
         ),
     ],
-    ids=["module", "script"],
+    ids=["package", "module", "script"],
 )
 def test_max_isa_error_is_one_line_of_the_command(launch, arguments):
     result = subprocess.run(

@@ -255,6 +255,7 @@ def test_the_runtime_knows_nothing_above_it(mod):
 
 # Modules that users reach through another one, and whose tests are that one's.
 PYTHON_TESTED_IN = {
+    "lowbit.__main__": "test_cli.py",
     "lowbit.container": "test_serialize.py",
     "lowbit.dataflow": "test_fuse.py",
     "lowbit.model_argument": "test_cli.py",

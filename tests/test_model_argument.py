@@ -44,6 +44,22 @@ def test_refuses_what_is_not_of_the_form(name):
         find(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("nets.py:net", "nets:net"),
+        ("./nets.py:net", "nets:net"),
+        ("zoo/nets.py:zoo.net", "zoo.nets:zoo.net"),
+        ("zoo/nets:net", "zoo.nets:net"),
+        ("../nets.py:net", "nets:net, in the directory .."),
+        ("/tmp/zoo/nets.py:net", "nets:net, in the directory /tmp/zoo"),
+    ],
+)
+def test_a_file_is_no_module(name, instead):
+    with pytest.raises(UsageError, match=f"not a file: write {instead}$"):
+        find(name)
+
+
 def test_builds_in_eval_mode():
     model = nn.Sequential(nn.Dropout())
     assert build(model, "m:model") is model

@@ -12,6 +12,7 @@ from torch import nn
 
 import lowbit
 from lowbit import _core, report
+from lowbit.mixed.budget import Budget
 from lowbit.report import Report, Row
 
 
@@ -154,6 +155,13 @@ def test_kernels_have_letters_and_names_break_behind_dots():
     assert report._wrap("encoder.layer.weight", 14) == "encoder.layer.\nweight"
     assert report._wrap("encoder", 4) == "enco\nder"
     assert report._wrap("(root)", 40) == "(root)"
+
+
+def test_sizes_have_decimal_units():
+    sizes = [0, 999, 1000, 999_949, 999_950, 2_500_000, 10**12]
+    texts = ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "2.5 MB", "1.0 TB"]
+    assert [report.size_text(size) for size in sizes] == texts
+    assert Budget.parse("2.5MB").value == 2_500_000  # what the account shows may be a budget
 
 
 def test_quantize_alone_leaves_the_account_on_the_copy(model):

@@ -125,6 +125,14 @@ def test_weights_with_nan_are_errors_that_name_the_layer(bad):
     lowbit.quantize_(model, "w4a8", overrides={"blocks.2": None})
 
 
+def test_biases_with_nan_are_errors_too():
+    model = Net()
+    with torch.no_grad():
+        model.fc.bias[:2] = float("nan")
+    with pytest.raises(ValueError, match=r"layer 'fc': 2 of the \d+ biases are NaN"):
+        lowbit.quantize(model, "w4a8")
+
+
 # --- Modules that are special in torch -----------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lowbit.argument_types import numbers, words
+
 if TYPE_CHECKING:
     from lowbit.benchmark.run import Options
 
@@ -79,19 +81,3 @@ def options(arguments: argparse.Namespace) -> Options:
     if arguments.seconds is not None:
         chosen["budget_seconds"] = arguments.seconds
     return Options(**chosen)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """An argument that lists words, separated by commas."""
-    found = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not found:
-        raise argparse.ArgumentTypeError("an empty list")
-    return found
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """An argument that lists numbers of at least 1."""
-    found = tuple(int(word) for word in words(text))
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{min(found)} is not at least 1")
-    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.comparison import Comparison
+from lowbit.report import size_text
 
 
 def add_argument(parser: argparse.ArgumentParser, *flags: str, default: Path | None = None) -> None:
@@ -31,5 +32,5 @@ def write(
     command = shlex.join(["lowbit", *arguments.argv])
     comparison.save_html(arguments.html, command=command, inputs=inputs)
     size = arguments.html.stat().st_size
-    text = f"\n\nwrote {arguments.html} ({size / 1e6:.2f} MB)"
+    text = f"\n\nwrote {arguments.html} ({size_text(size)})"
     return text, {"html": str(arguments.html), "html_bytes": size}

@@ -13,6 +13,7 @@ from lowbit.html import charts
 from lowbit.html.charts import MINUS, TIMES
 from lowbit.html.packages import check_packages
 from lowbit.info import describe, version
+from lowbit.report import size_text
 from lowbit.tasks.metric import metric_of
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _environment() -> Environment:
         "bars": charts.bars,
         "breakable": _breakable,
         "db": _db,
-        "mb": _mb,
+        "size": _size,
         "ms": lambda seconds: f"{seconds * 1e3:.3g}",
         "percent": _percent,
         "times": _times,
@@ -123,14 +124,8 @@ def _db(value: float | None) -> str:
     return f"{round(value, 1) + 0.0:.1f}".replace("-", MINUS)  # no minus before a zero
 
 
-def _mb(count: int | None) -> str:
-    if count is None:
-        return _NONE
-    size = count / 1e6
-    if count == 0:
-        return "0"
-    text = f"{size:.1f} MB" if size >= 1 else f"{count / 1e3:.3g} kB"
-    return text.replace(" ", _JOINED)
+def _size(count: int | None) -> str:
+    return _NONE if count is None else size_text(count).replace(" ", _JOINED)
 
 
 def _times(value: float) -> str:

@@ -17,6 +17,7 @@ from lowbit.convert import (
     name_layer,
     run_converted_encoder_layers,
 )
+from lowbit.errors import check_model
 from lowbit.fuse import norm_entry
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat.layers import LAYERS, QATLayer
@@ -58,6 +59,7 @@ def prepare_qat(
         ValueError: a scheme is not valid, an override matches no layer, weights have NaN or Inf,
             the model is prepared already, or no layer of it can be.
     """
+    check_model(model)
     if any(isinstance(module, QATLayer) for module in model.modules()):
         raise ValueError(
             "the model is prepared already: train it, or prepare the float model that it was made "
