@@ -121,7 +121,7 @@ def _demo(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.demo.run import run
     from lowbit.html.command import write
 
-    _check_writable(arguments.plot)
+    _check_plot(arguments.plot)
     _check_page(arguments.html)
     result = run(
         budget_seconds=arguments.seconds, details=arguments.html is not None, progress=progress
@@ -138,7 +138,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.mixed.command import task_of
 
     schemes, task = _schemes(arguments.schemes), task_of(arguments.task)
-    _check_writable(arguments.plot)
+    _check_plot(arguments.plot)
     _check_page(arguments.html)
     labels = None if arguments.labels is None else read_labels(arguments.labels)
     on_inputs = str(arguments.calibration) == "inputs"
@@ -235,7 +235,7 @@ def _bench(arguments: argparse.Namespace, progress: Progress) -> Output:
     from lowbit.benchmark.command import options
     from lowbit.benchmark.run import run
 
-    _check_writable(arguments.plot)
+    _check_plot(arguments.plot)
     try:
         chosen = options(arguments)
         chosen.check()
@@ -268,6 +268,8 @@ def _read_schemes(path: Path) -> dict[str, str | None]:
 
     try:
         return read_schemes(path)
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise CommandError(f"--schemes: {error}") from error
 
@@ -290,6 +292,17 @@ def _check_writable(path: Path | None) -> None:
         raise UsageError(f"{path}: there is no directory {path.parent}; create it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CommandError(f"{path}: no permission to write there")
+
+
+def _check_plot(path: Path | None) -> None:
+    _check_writable(path)
+    if path is not None:
+        from lowbit.figures import check_suffix
+
+        try:
+            check_suffix(path)
+        except ValueError as error:
+            raise UsageError(f"--plot: {error}") from error
 
 
 def _check_page(path: Path | None) -> None:
@@ -365,7 +378,9 @@ def _parser() -> argparse.ArgumentParser:
         add(made)
     convert = command("convert", _convert, "Convert a model and write it to a file.")
     convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    convert.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.safetensors", help="write it here"
+    )
     convert.add_argument("--scheme", help="recipe (default: w8a8; with --schemes: float)")
     convert.add_argument(
         "--schemes", type=Path, metavar="FILE.json", help="each layer's, as `lowbit search` wrote"
@@ -428,7 +443,7 @@ def _add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help=f"batches that static schemes learn from: .pt, .npy or .safetensors{more}",
+        help=f"batches for schemes that learn: .pt, .npy or .safetensors{more}",
     )
 
 

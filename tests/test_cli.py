@@ -379,6 +379,7 @@ SHAPE = ("--input-shape", "2,64")
         ((*COMPARE, "models:mlp", "--threads", "0"), 2, "not at least 1"),
         ((*COMPARE, "models:mlp", "--plot", "no/x.png"), 2, "no directory no"),
         ((*COMPARE, "models:mlp", "--plot", "."), 2, "is a directory"),
+        ((*CONVERT, "models:mlp", "--schemes", "no.json"), 1, "no.json: no such file"),
         ((*CONVERT, "models:mlp", "--scheme", "w4"), 2, "unknown scheme 'w4'"),
         ((*CONVERT, "models:mlp", "--scheme", "w8a8,w4a8"), 2, "one scheme"),
         ((*CONVERT, "models:mlp", "--override", "2"), 2, "NAME=RECIPE"),
@@ -411,6 +412,12 @@ def test_errors(run, command, code, words):
     assert "Traceback" not in err
     # argparse prints its usage first; the message itself is one line.
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
+
+
+def test_a_plot_of_no_format_is_refused_before_the_work(run):
+    pytest.importorskip("matplotlib")
+    code, _, err = run(*COMPARE, "models:fails", "--plot", "x.xyz")
+    assert (code, err[:45]) == (2, "lowbit: error: --plot: x.xyz has no suffix of")
 
 
 def test_unreadable_inputs(run, folder):
