@@ -212,7 +212,8 @@ def notes(result: Comparison) -> list[str]:
     """What the tables do not say: engines, failures, rounds, NaN."""
     found = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
     timed = next(row.timing for row in result.rows if row.timing is not None)
-    found += [f"torch {result.torch_version}, {timed.rounds} rounds, {result.batches} batch(es)."]
+    batches = f"{result.batches} batch{'es' if result.batches != 1 else ''}"
+    found += [f"torch {result.torch_version}, {timed.rounds} rounds, {batches}."]
     found += ["call MB: resident memory that a warm call takes on top of the loaded models."]
     for row in result.rows:
         if row.quality is not None and row.quality.nonfinite_output:

@@ -56,10 +56,10 @@ def differentiates(x: Tensor) -> bool:
     """
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x) and (
-            x.requires_grad or unpack_dual(x).tangent is not None
-        ):
-            return True
+        if functorch.is_gradtrackingtensor(x):
+            tangent = unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+            if x.requires_grad or tangent is not None:
+                return True
         x = functorch.get_unwrapped(x)
     return False
 

@@ -179,6 +179,7 @@ def test_converting_again_warns():
             quantize(model, "w4a8")
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_a_model_that_cannot_be_copied_converts_in_place():
     model = nn.Sequential(nn.Linear(32, 32), nn.utils.weight_norm(nn.Linear(32, 4)))
     with torch.enable_grad():

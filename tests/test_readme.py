@@ -57,6 +57,7 @@ def test_every_command_is_in_the_table_and_parses():
     assert shown == set(parser._subparsers._group_actions[0].choices)
 
 
+@pytest.mark.filterwarnings("ignore:nothing was equalized")
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
 def test_code_runs(code, tmp_path, monkeypatch, use_threads):
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import _core
-from lowbit.nn.base import is_compiling
+from lowbit.nn.layer import is_compiling
 from lowbit.observers import Affine
 from lowbit.static import eager
 from lowbit.static.account import Account, make_account
