@@ -80,12 +80,15 @@ def folder(tmp_path, monkeypatch, use_threads):
     (tmp_path / "wrong.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    others = {name: sys.modules.pop(name, None) for name in ("models", "broken", "wrong")}
     engine = torch.backends.quantized.engine
     use_threads(1)
     yield tmp_path
     torch.backends.quantized.engine = engine
-    for name in ("models", "broken", "wrong"):
+    for name, module in others.items():
         sys.modules.pop(name, None)
+        if module is not None:  # tests/models.py
+            sys.modules[name] = module
 
 
 @pytest.fixture
