@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -47,22 +47,27 @@ class Account:
         return f"{table}\n\n{len(self.in_integers)} in integers, {len(self.in_float)} in float"
 
 
-def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
+def make_account(
+    nodes: Sequence[Node], outputs: Collection[str], refused: Mapping[str, str]
+) -> Account:
     """The account of a network's nodes.
 
     Args:
         outputs: names of the values that the network returns.
+        refused: reasons why nodes in integers are no steps of programs, by their names.
     """
     taken = {name for node in nodes if node.in_integers for name in node.inputs}
     rows = []
     for node in nodes:
         if node.kind == "input":
             continue
-        where = "integers" if node.in_integers else "float"
+        where = "integers" if node.in_integers and node.name not in refused else "float"
         operation = _operation(node)
         note = node.reason
         if node.kind == "layer" and node.name not in taken and node.name in outputs:
             note = "writes floats: they leave the network"
+        if node.name in refused:
+            note = refused_note(refused[node.name])
         *parts, last = node.fused or (node.name,)
         rows.append(Row(parts[0] if parts else last, operation, where, note))
         rows += [
@@ -71,6 +76,11 @@ def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
             if parts
         ]
     return Account(tuple(rows))
+
+
+def refused_note(reason: str) -> str:
+    """What is said of a node that the kernels refuse."""
+    return f"runs by itself: no step takes it ({reason})"
 
 
 def _operation(node: Node) -> str:

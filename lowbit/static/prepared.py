@@ -20,6 +20,7 @@ from lowbit.observers import Affine
 from lowbit.plan import Plan, plan_layers
 from lowbit.report import Entry, entry_of, set_entry
 from lowbit.schemes import Scheme
+from lowbit.static.account import refused_note
 from lowbit.static.capture import Graph, NotCaptured, capture
 from lowbit.static.network import Network
 from lowbit.static.node import Node
@@ -278,7 +279,18 @@ class Conversion:
             self.tensors,
         )
         network.folded = tuple(self.prepared.folded)
+        if not self.empty:
+            self._enter_refused(network)
         return network.eval()
+
+    def _enter_refused(self, network: Network) -> None:
+        """Says in the account of layers that the kernels refuse them."""
+        for name, reason in network.refused().items():
+            if network._by_name[name].kind == "layer":
+                layer = network.layer(name)
+                entry = entry_of(layer)
+                if entry is not None:
+                    set_entry(layer, replace(entry, note=refused_note(reason)))
 
     def _layer(self, node: Node) -> None:
         path, copies = node.settings["module"], node.settings["copy"]
