@@ -9,6 +9,8 @@ from tabulate import tabulate
 
 from lowbit.static.node import Node
 
+NEVER_CALLED = "never called: it is not part of the network"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -17,8 +19,8 @@ class Row:
     Attributes:
         name: of the module that was called, else of torch.fx's node.
         operation: what computes it.
-        where: "integers" or "float".
-        note: with what it is fused, or why it is float.
+        where: "integers" or "float"; "nowhere" for a module that nothing uses.
+        note: with what it is fused, or why it is float or left out.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Account:
-    """Rows in the order of the computation."""
+    """Rows in the order of the computation; what is left out comes last."""
 
     rows: tuple[Row, ...]
 
@@ -41,20 +43,30 @@ class Account:
     def in_float(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.where == "float")
 
+    @property
+    def left_out(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.where == "nowhere")
+
     def __str__(self) -> str:
         cells = [(row.name, row.operation, row.where, row.note) for row in self.rows]
         table = tabulate(cells, headers=("call", "operation", "runs in", "note"))
-        return f"{table}\n\n{len(self.in_integers)} in integers, {len(self.in_float)} in float"
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        totals = f"{len(self.in_integers)} in integers, {len(self.in_float)} in float{left_out}"
+        return f"{table}\n\n{totals}"
 
 
 def make_account(
-    nodes: Sequence[Node], outputs: Collection[str], refused: Mapping[str, str]
+    nodes: Sequence[Node],
+    outputs: Collection[str],
+    refused: Mapping[str, str],
+    uncalled: Sequence[tuple[str, str]],
 ) -> Account:
     """The account of a network's nodes.
 
     Args:
         outputs: names of the values that the network returns.
         refused: reasons why nodes in integers are no steps of programs, by their names.
+        uncalled: names and classes of modules that nothing uses.
     """
     taken = {name for node in nodes if node.in_integers for name in node.inputs}
     rows = []
@@ -75,6 +87,7 @@ def make_account(
             for part in (*parts[1:], last)
             if parts
         ]
+    rows += [Row(name, kind, "nowhere", NEVER_CALLED) for name, kind in uncalled]
     return Account(tuple(rows))
 
 

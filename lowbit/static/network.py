@@ -14,7 +14,7 @@ from lowbit.observers import Affine
 from lowbit.static import eager
 from lowbit.static.account import Account, make_account
 from lowbit.static.lowering import Lowered
-from lowbit.static.node import Node, references, replace
+from lowbit.static.node import Node, check_size, references, replace
 from lowbit.static.planning import Part, Plan, make_plan
 from lowbit.static.stages import Segment, coded_values, make_stages
 
@@ -42,6 +42,8 @@ class Network(nn.Module):
         nodes: what it computes, in order.
         make_program: what runs a program's arguments; for tests and profiles.
         folded: names of the float model's batch norms that are part of layers.
+        exported: whether torch.export captured it: it takes inputs of the example's size alone.
+        uncalled: names and classes of the float model's modules that its forward does not use.
     """
 
     make_program: Callable[..., Any] = _core.Program
@@ -64,6 +66,8 @@ class Network(nn.Module):
         super().__init__()
         self.eager = False
         self.folded: tuple[str, ...] = ()
+        self.exported = False
+        self.uncalled: tuple[tuple[str, str], ...] = ()
         self.nodes = list(nodes)
         self._inputs = dict(zip(arguments, inputs, strict=True))
         self._output = output
@@ -102,8 +106,14 @@ class Network(nn.Module):
         Raises:
             TypeError: other arguments than the example inputs that the model was captured with.
             ValueError: sizes that do not fit.
-            RuntimeError: an input that is not on the CPU.
+            RuntimeError: an input that is not on the CPU; torch.export.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export cannot see into the programs of a static network: prepare the model "
+                "with graph=False, whose layers are operators that it exports, or write the "
+                "network by lowbit.save_file"
+            )
         if is_compiling():
             # Not as a decorator: that would import the compiler with lowbit, which takes a second.
             eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
@@ -139,6 +149,8 @@ class Network(nn.Module):
                 raise TypeError(f"argument '{name}' is a {type(x).__name__}, not a tensor")
             if x.device.type != "cpu":
                 raise RuntimeError(f"argument '{name}' is on {x.device}; move it to the CPU")
+            if self.exported:
+                check_size(name, x, self._by_name[node])
             dtype = self._by_name[node].dtype
             x = x.detach()
             if x.is_floating_point() and x.dtype != dtype:
@@ -254,7 +266,8 @@ class Network(nn.Module):
     @property
     def account(self) -> Account:
         """What became of each call of the float model. Print it for a table."""
-        return make_account(self.nodes, set(references(self._output)), self.refused())
+        outputs = set(references(self._output))
+        return make_account(self.nodes, outputs, self.refused(), self.uncalled)
 
     # --- State -----------------------------------------------------------------------------------
 
