@@ -32,6 +32,9 @@ class NotFolded(ValueError):
 class Flow:
     """The calls of a model's layers and norms.
 
+    Args:
+        traced: the graph of the whole model, if torch.fx is not to trace it.
+
     Attributes:
         failures: by the id of a module, why its own forward cannot be traced.
     """

@@ -58,8 +58,9 @@ def prepare(
             "entropy", see `lowbit.observers`. The default has the best SQNR on EfficientNet-Lite0
             (`bench/CALIBRATION.md`), and unlike "minmax" it is not at the mercy of one outlier.
         symmetric: whether int8 activations have no zero point.
-        graph: whether to capture the model as a graph, so that codes flow between layers. What
-            cannot be captured is quantized layer by layer, and the account says why.
+        graph: whether to capture the model as a graph (by torch.fx, else by torch.export, for the
+            size of the example alone), so that codes flow between layers. What cannot be captured
+            is quantized layer by layer, and the account says why.
 
     Returns:
         The copy, in the modes (training, eval) of the model.
