@@ -190,9 +190,9 @@ def test_attention_layers_are_seen_into():
     model.first, model.second, tokens = nn.Linear(16, 16), encoder, torch.randn(2, 5, 16)
     object.__setattr__(model, "function", lambda x: x if x.shape[1] > 1 else -x)
     network = converted(model.eval(), tokens)
-    if isinstance(network, Network):
-        rows = {row.name: row for row in network.account.rows}
-        assert rows["second.linear1"].where == "integers"
+    assert network.exported
+    rows = {row.name: row for row in network.account.rows}
+    assert rows["second.linear1"].where == rows["second.linear2"].where == "integers"
     assert sqnr(model(tokens), network(tokens)) > 25
 
 
