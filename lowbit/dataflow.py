@@ -32,29 +32,35 @@ class NotFolded(ValueError):
 class Flow:
     """The calls of a model's layers and norms.
 
+    Args:
+        traced: the graph of the whole model, if torch.fx is not to trace it.
+
     Attributes:
         failures: by the id of a module, why its own forward cannot be traced.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, traced: fx.GraphModule | None = None) -> None:
         self._calls: dict[int, list[fx.Node]] = {}
         self._modules: dict[fx.Node, nn.Module] = {}
         self._read: set[int] = set()
         self._opaque: set[int] = set()
         self.failures: dict[int, str] = {}
+        if traced is not None:
+            self._read_graph(traced, traced.graph, {id(m): m for m in model.modules()})
+            return
         # Parameters are shared: they are not run on. Buffers might be counters.
         memo: dict[int, Any] = {id(p): p for p in model.parameters()}
         # So are weights that a hook computes (weight_norm): they cannot be copied.
         held = (value for module in model.modules() for value in vars(module).values())
         memo |= {id(value): value for value in held if isinstance(value, Tensor)}
         try:
-            traced = copy.deepcopy(model, memo)
+            twin = copy.deepcopy(model, memo)
         except Exception as error:  # whatever a __deepcopy__ raises
             self.failures[id(model)] = f"the model cannot be copied ({one_line(error)})"
             return
         originals = {id(memo[id(m)]): m for m in model.modules() if id(m) in memo}
         search = _Search()
-        for root, graph in search.graphs(traced):
+        for root, graph in search.graphs(twin):
             self._read_graph(root, graph, originals)
         for key, why in search.failures.items():
             if key in originals:

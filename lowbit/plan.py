@@ -111,15 +111,17 @@ def make_plan(
     filter_fn: Filter | None,
     fuse: bool,
     epilogues: bool = True,
+    flow: Flow | None = None,
 ) -> Plan:
     """Decide about every module of a float model; arguments and errors as for `quantize`.
 
     `epilogues`: with `fuse`, whether layers take the activations behind them along, too.
+    `flow`: of the model, if it is known already.
     """
     check_model(model)
     plan = plan_layers(model, _Chooser(scheme, overrides or {}, filter_fn))
     if fuse:
-        plan_fusion(plan, model, epilogues=epilogues)
+        plan_fusion(plan, model, epilogues=epilogues, flow=flow)
     return plan
 
 
@@ -191,12 +193,17 @@ def plan_layers(model: nn.Module, chooser: Chooser) -> Plan:
 
 
 def plan_fusion(
-    plan: Plan, model: nn.Module, *, folds: bool = True, epilogues: bool = True
+    plan: Plan,
+    model: nn.Module,
+    *,
+    folds: bool = True,
+    epilogues: bool = True,
+    flow: Flow | None = None,
 ) -> None:
     """Adds to a plan the batch norms to fold, and the activations that layers compute."""
     kinds: tuple[type[nn.Module], ...] = (_BatchNorm, *ACTIVATIONS)
     if plan.jobs and any(isinstance(module, kinds) for module in model.modules()):
-        flow = Flow(model)
+        flow = flow or Flow(model)
         if folds:
             _plan_folds(plan, model, flow)
         if epilogues:

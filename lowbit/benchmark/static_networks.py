@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -305,7 +305,6 @@ def profile(network: Network, x: Tensor) -> list[tuple[str, str, float]]:
     Returns:
         (the call of the float model, the operation, seconds) in order.
     """
-    profiled: list[Any] = []
 
     class Profiling:
         """A program that times its steps."""
@@ -314,7 +313,6 @@ def profile(network: Network, x: Tensor) -> list[tuple[str, str, float]]:
             self.core = _core.Program(*arguments)
             self.times: list[list[float]] = []
             self.operations: list[str] = []
-            profiled.append(self)
 
         def run(self, *arguments: Any) -> None:
             found = self.core.profile(*arguments)
@@ -325,14 +323,13 @@ def profile(network: Network, x: Tensor) -> list[tuple[str, str, float]]:
     twin.make_program = Profiling
     for _ in range(PROFILE_ROUNDS):
         twin(x)
-    names = [name for plan in twin._plans.values() for name in plan.lowered.program.names]
+    parts = [part for plan in twin._plans.values() for part in plan.parts if part.core is not None]
+    names = [name for part in parts for name in part.lowered.program.names]
     shown = {node.name: (node.fused or (node.name,))[0] for node in network.nodes}
     steps = [
         (operation, min(times))
-        for program in profiled
-        for operation, times in zip(
-            program.operations, zip(*program.times, strict=True), strict=True
-        )
+        for core in [cast(Profiling, part.core) for part in parts]
+        for operation, times in zip(core.operations, zip(*core.times, strict=True), strict=True)
     ]
     return [
         (shown[name], operation, seconds)

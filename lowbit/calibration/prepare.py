@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowbit import observers
+from lowbit.baselines import eval_mode
 from lowbit.calibration.prepared import (
     ObserverModule,
     Preparation,
@@ -22,7 +23,7 @@ from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat import QATLayer
 from lowbit.report import set_entry
 from lowbit.rules import PREPARED
-from lowbit.static.capture import NotCaptured
+from lowbit.static.capture import NotCaptured, exported_flow
 from lowbit.static.prepared import prepare_network as capture
 
 DEFAULT_OBSERVER = "mse"
@@ -57,8 +58,9 @@ def prepare(
             "entropy", see `lowbit.observers`. The default has the best SQNR on EfficientNet-Lite0
             (`bench/CALIBRATION.md`), and unlike "minmax" it is not at the mercy of one outlier.
         symmetric: whether int8 activations have no zero point.
-        graph: whether to capture the model as a graph, so that codes flow between layers. What
-            cannot be captured is quantized layer by layer, and the account says why.
+        graph: whether to capture the model as a graph (by torch.fx, else by torch.export, for the
+            size of the example alone), so that codes flow between layers. What cannot be captured
+            is quantized layer by layer, and the account says why.
 
     Returns:
         The copy, in the modes (training, eval) of the model.
@@ -75,7 +77,11 @@ def prepare(
         )
     observers.make(observer)  # refuses an unknown one before the model is copied
     result = copy.deepcopy(model)
-    plan = make_plan(result, scheme, overrides, filter_fn, fuse, epilogues=False)
+    flow = None
+    if fuse and graph:
+        with eval_mode([result]):
+            flow = exported_flow(result, example_inputs)
+    plan = make_plan(result, scheme, overrides, filter_fn, fuse, epilogues=False, flow=flow)
     prepare_in_place(result, plan, fuse, observer, symmetric)
     if graph:
         try:

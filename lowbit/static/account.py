@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
 
 from lowbit.static.node import Node
+
+NEVER_CALLED = "never called: it is not part of the network"
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,8 @@ class Row:
     Attributes:
         name: of the module that was called, else of torch.fx's node.
         operation: what computes it.
-        where: "integers" or "float".
-        note: with what it is fused, or why it is float.
+        where: "integers" or "float"; "nowhere" for a module that nothing uses.
+        note: with what it is fused, or why it is float or left out.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Account:
-    """Rows in the order of the computation."""
+    """Rows in the order of the computation; what is left out comes last."""
 
     rows: tuple[Row, ...]
 
@@ -41,28 +43,43 @@ class Account:
     def in_float(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.where == "float")
 
+    @property
+    def left_out(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.where == "nowhere")
+
     def __str__(self) -> str:
         cells = [(row.name, row.operation, row.where, row.note) for row in self.rows]
         table = tabulate(cells, headers=("call", "operation", "runs in", "note"))
-        return f"{table}\n\n{len(self.in_integers)} in integers, {len(self.in_float)} in float"
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        totals = f"{len(self.in_integers)} in integers, {len(self.in_float)} in float{left_out}"
+        return f"{table}\n\n{totals}"
 
 
-def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
+def make_account(
+    nodes: Sequence[Node],
+    outputs: Collection[str],
+    refused: Mapping[str, str],
+    uncalled: Sequence[tuple[str, str]],
+) -> Account:
     """The account of a network's nodes.
 
     Args:
         outputs: names of the values that the network returns.
+        refused: reasons why nodes in integers are no steps of programs, by their names.
+        uncalled: names and classes of modules that nothing uses.
     """
     taken = {name for node in nodes if node.in_integers for name in node.inputs}
     rows = []
     for node in nodes:
         if node.kind == "input":
             continue
-        where = "integers" if node.in_integers else "float"
+        where = "integers" if node.in_integers and node.name not in refused else "float"
         operation = _operation(node)
         note = node.reason
         if node.kind == "layer" and node.name not in taken and node.name in outputs:
             note = "writes floats: they leave the network"
+        if node.name in refused:
+            note = refused_note(refused[node.name])
         *parts, last = node.fused or (node.name,)
         rows.append(Row(parts[0] if parts else last, operation, where, note))
         rows += [
@@ -70,7 +87,13 @@ def make_account(nodes: Sequence[Node], outputs: Collection[str]) -> Account:
             for part in (*parts[1:], last)
             if parts
         ]
+    rows += [Row(name, kind, "nowhere", NEVER_CALLED) for name, kind in uncalled]
     return Account(tuple(rows))
+
+
+def refused_note(reason: str) -> str:
+    """What is said of a node that the kernels refuse."""
+    return f"runs by itself: no step takes it ({reason})"
 
 
 def _operation(node: Node) -> str:

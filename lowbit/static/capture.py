@@ -1,17 +1,21 @@
-"""A model as a graph of nodes: torch.fx traces it, example inputs give sizes."""
+"""A model as a graph of nodes: torch.fx or torch.export traces it, example inputs give sizes."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowbit.dataflow import is_leaf
+from lowbit.dataflow import Flow, is_leaf
 from lowbit.errors import one_line
+from lowbit.report import FLOAT_CLASSES
+from lowbit.static.exporting import SHOWN, NotExported, Operator, export
 from lowbit.static.fusing import fuse_nodes
 from lowbit.static.node import CHANNELS_LAST, LAYOUTS, Node, Ref, references
 from lowbit.static.patterns import Alias, Call, recognize
@@ -31,6 +35,8 @@ class Graph:
         inputs: names of the input nodes, in the order of forward's arguments.
         arguments: names of these.
         output: what forward returns, with references to values.
+        exported: whether torch.export captured it: for inputs of these sizes alone, any batch.
+        uncalled: names and classes of the modules with parameters or buffers that nothing uses.
     """
 
     module: fx.GraphModule
@@ -38,6 +44,8 @@ class Graph:
     inputs: tuple[str, ...]
     arguments: tuple[str, ...]
     output: Any
+    exported: bool
+    uncalled: tuple[tuple[str, str], ...]
 
 
 def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) -> Graph:
@@ -51,10 +59,21 @@ def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) ->
             "linear"), or the reason why it is not.
 
     Raises:
-        NotCaptured: torch.fx cannot trace it, or an input is no tensor.
+        NotCaptured: neither torch.fx nor torch.export can, or an input is no tensor.
     """
-    arguments = bind(model, example_inputs)
-    traced = _trace(model, set(arguments), layers)
+    bound = bind(model, example_inputs)
+    arguments = tensors_of(bound)
+    if is_leaf(model) or id(model) in layers:
+        raise NotCaptured("it is a single layer")
+    exported = False
+    try:
+        traced = _trace(model, bound, layers)
+    except NotCaptured as error:
+        try:
+            traced = export(model, bound, list(arguments), layers)
+        except NotExported as second:
+            raise NotCaptured(f"{error}, nor torch.export ({second})") from None
+        exported = True
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     names = tuple(str(node.target) for node in placeholders)
     values = _record(traced, [arguments[name] for name in names])
@@ -65,28 +84,109 @@ def capture(model: nn.Module, example_inputs: Any, layers: Mapping[int, Any]) ->
         else:
             reader.read(node)
     nodes = fuse_nodes(reader.nodes, set(references(output)))
-    return Graph(traced, nodes, tuple(node.name for node in placeholders), names, output)
+    inputs = tuple(node.name for node in placeholders)
+    return Graph(traced, nodes, inputs, names, output, exported, _uncalled(model, traced))
 
 
-def bind(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Example inputs by the names of the model's arguments.
+def exported_flow(model: nn.Module, example_inputs: Any) -> Flow | None:
+    """Which layer's output a batch norm takes, where only torch.export can tell.
+
+    Args:
+        model: float, in eval mode.
+        example_inputs: as for `capture`.
+
+    Returns:
+        None where there is no batch norm, torch.fx can tell, or neither can.
+    """
+    layers = [id(module) for module in model.modules() if isinstance(module, FLOAT_CLASSES)]
+    if example_inputs is None or not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return None
+    try:
+        bound = bind(model, example_inputs)
+        names = list(tensors_of(bound))
+        if is_leaf(model):
+            return None
+    except NotCaptured:
+        return None
+    try:
+        _trace(model, bound, layers)
+    except NotCaptured:
+        try:
+            return Flow(model, export(model, bound, names, layers))
+        except NotExported:
+            return None
+    return None
+
+
+def bind(model: nn.Module, inputs: Any) -> inspect.BoundArguments:
+    """Example inputs as the model's arguments.
 
     Raises:
-        NotCaptured: they do not fit its signature, or one is no tensor.
+        NotCaptured: they do not fit its signature.
     """
-    args, kwargs = (), {}
+    signature = inspect.signature(model.forward)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
+        args, kwargs = _positional(signature, dict(inputs))
     else:
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise NotCaptured(f"the example inputs do not fit its forward: {error}") from None
+
+
+def _positional(
+    signature: inspect.Signature, named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of named ones, `x_0`, `x_1` being those of `*x`."""
+    parameters = list(signature.parameters.values())
+    star = next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    if star is None or f"{star.name}_0" not in named:
+        return (), named
+    before = [p.name for p in parameters[: parameters.index(star)] if p.name in named]
+    rest = [name for name in named if name.startswith(f"{star.name}_")]
+    return tuple(named.pop(name) for name in [*before, *rest]), named
+
+
+def tensors_of(bound: inspect.BoundArguments) -> dict[str, Tensor]:
+    """The tensors by names; those of `*x` are `x_0`, `x_1`.
+
+    Raises:
+        NotCaptured: one is no tensor.
+    """
+    found: dict[str, Any] = {}
     for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        else:
+            found[name] = value
+    for name, value in found.items():
         if not isinstance(value, Tensor):
             raise NotCaptured(f"argument '{name}' is a {type(value).__name__}, not a tensor")
-    return dict(bound.arguments)
+    return found
+
+
+def _uncalled(model: nn.Module, traced: fx.GraphModule) -> tuple[tuple[str, str], ...]:
+    """Names and classes of the modules with parameters or buffers that a graph does not use."""
+    used: set[int] = set()
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            called = traced.get_submodule(str(node.target))
+            used |= {id(tensor) for tensor in [*called.parameters(), *called.buffers()]}
+        elif node.op == "get_attr":
+            used.add(id(operator.attrgetter(str(node.target))(traced)))
+    found = []
+    for name, module in model.named_modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        own = [id(tensor) for tensor in tensors if tensor is not None]
+        if own and used.isdisjoint(own):
+            found.append((name or "(root)", type(module).__name__))
+    return tuple(found)
 
 
 class _Tracer(fx.Tracer):
@@ -100,20 +200,23 @@ class _Tracer(fx.Tracer):
         return id(m) in self._layers or is_leaf(m)
 
 
-def _trace(model: nn.Module, given: set[str], layers: Collection[int]) -> fx.GraphModule:
-    parameters = inspect.signature(model.forward).parameters.values()
+def _trace(
+    model: nn.Module, bound: inspect.BoundArguments, layers: Collection[int]
+) -> fx.GraphModule:
+    given = bound.arguments
+    parameters = bound.signature.parameters.values()
     left_out = {p.name: p.default for p in parameters if p.name not in given}
-    root = model
-    if is_leaf(model) or id(model) in layers:
-        raise NotCaptured("it is a single layer")
+    for p in parameters:
+        if p.name in given and p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise NotCaptured(f"torch.fx cannot trace it (it takes any number of '{p.name}')")
     try:
-        graph = _Tracer(layers).trace(root, left_out or None)
+        graph = _Tracer(layers).trace(model, left_out or None)
     except Exception as error:  # any: it is the model's code, run on what is no tensor
         raise NotCaptured(f"torch.fx cannot trace it ({one_line(error)})") from None
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target not in given:
             _erase(graph, node)  # an argument that was left out, and torch.fx's check of it
-    module = fx.GraphModule(root, graph)
+    module = fx.GraphModule(model, graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -274,9 +377,9 @@ class _Reader:
 
 def _plain(node: fx.Node, module: nn.Module | None, call: Call) -> tuple[Any, ...]:
     """The float operation: (kind, target, args, kwargs)."""
-    return node.op, node.target, tuple(call.args), dict(call.kwargs)
+    return node.op, Operator.of(node.target), tuple(call.args), dict(call.kwargs)
 
 
 def _shown(node: fx.Node) -> str:
     """How the account names a call: a module's name, else the node's."""
-    return str(node.target) if node.op == "call_module" else node.name
+    return str(node.target if node.op == "call_module" else node.meta.get(SHOWN, node.name))

@@ -19,6 +19,8 @@ from lowbit.nn.base import QuantizedLayer
 from lowbit.observers import Affine
 from lowbit.static.program import Program
 
+_TINY, _HUGE = (float(getattr(torch.finfo(torch.float32), name)) for name in ("tiny", "max"))
+
 _EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
@@ -114,8 +116,13 @@ class _Run:
 
     def _mul(self, step: dict[str, Any]) -> None:
         (sa, za), (sb, zb) = self._affine(step["a"]), self._affine(step["b"])
+        with np.errstate(over="ignore", under="ignore"):
+            scale = float(np.float32(sa) * np.float32(sb))
+        if not _TINY <= scale <= _HUGE / 65536:  # no step: torch's product
+            self._store(step, self._real(step["a"]) * self._real(step["b"]))
+            return
         product = (self.codes[step["a"]].int() - za) * (self.codes[step["b"]].int() - zb)
-        self._store(step, product.float() * float(np.float32(sa) * np.float32(sb)))
+        self._store(step, product.float() * scale)
 
     def _concat(self, step: dict[str, Any]) -> None:
         to = self._affine(step["to"])

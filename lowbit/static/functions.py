@@ -117,6 +117,23 @@ CALLS: dict[Any, tuple[str, tuple[str, ...]]] = {
     "clamp_": ("clamp", ("min", "max")),
 }
 
+# Operators of torch.export, by their names.
+CALLS |= {
+    name: CALLS[getattr(F, name)]
+    for name in (
+        "relu6",
+        "hardswish",
+        "hardsigmoid",
+        "silu",
+        "gelu",
+        "leaky_relu",
+        "elu",
+        "mish",
+        "softplus",
+        "hardtanh",
+    )
+}
+
 # Operators of a tensor and a number; the third column is the function where the number is first.
 _ARITHMETIC: dict[Any, tuple[str, str]] = {
     operator.add: ("add", "add"),
@@ -126,6 +143,7 @@ _ARITHMETIC: dict[Any, tuple[str, str]] = {
     "add_": ("add", "add"),
     operator.sub: ("sub", "rsub"),
     "sub": ("sub", "rsub"),
+    "rsub": ("rsub", ""),
     operator.mul: ("mul", "mul"),
     operator.imul: ("mul", "mul"),
     torch.mul: ("mul", "mul"),

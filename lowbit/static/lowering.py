@@ -28,6 +28,7 @@ _DIMENSIONS = {
     "nct": (0, -1, 1),
     "ntc": (1, -1, 0),
     "nc": (0, -1, -1),
+    "flat": (0, -1, -1),  # between programs, where features are in the codes' order
 }
 
 
@@ -49,6 +50,7 @@ class Lowered:
         outputs: for each, the node's name.
         shapes: of each output, the batch left out.
         planar: for each input and output, whether channels come before pixels ([N, C, ...]).
+        flattened: sizes of the images that "flat" values are of.
     """
 
     program: Program
@@ -56,6 +58,7 @@ class Lowered:
     outputs: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     planar: tuple[tuple[bool, ...], tuple[bool, ...]]
+    flattened: dict[str, Size]
 
 
 def code_size(shape: Sequence[int], layout: str) -> Size:
@@ -77,6 +80,7 @@ def lower(
     inputs: Mapping[str, tuple[str, tuple[int, ...]]],
     outputs: Sequence[str],
     lookup: Lookup,
+    flattened: Mapping[str, Size] | None = None,
 ) -> Lowered:
     """The program of nodes in integers.
 
@@ -85,21 +89,21 @@ def lower(
         inputs: float values that they take: layout and shape [N, ...] of each.
         outputs: names of the nodes whose values leave as floats.
         lookup: the network.
+        flattened: of the inputs that are "flat", as `Lowered` has it.
 
     Raises:
         ValueError: the sizes do not fit: the message names the node.
     """
-    return _Lowering(lookup, set(outputs)).run(nodes, inputs, outputs)
+    return _Lowering(lookup, flattened or {}).run(nodes, inputs, outputs)
 
 
 class _Lowering:
-    def __init__(self, lookup: Lookup, outputs: set[str]) -> None:
+    def __init__(self, lookup: Lookup, flattened: Mapping[str, Size]) -> None:
         self.lookup = lookup
-        self.leaving = outputs
         self.program = Program()
         self.index: dict[str, int] = {}
         self.sizes: dict[str, Size] = {}
-        self.flattened: dict[str, Size] = {}
+        self.flattened = dict(flattened)
         self.written: list[str] = []
 
     def run(
@@ -130,6 +134,7 @@ class _Lowering:
                 tuple(layout in planar for layout, _ in inputs.values()),
                 tuple(layouts[name] in planar for name in self.written),
             ),
+            self.flattened,
         )
 
     # --- Values ----------------------------------------------------------------------------------

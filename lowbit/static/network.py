@@ -13,8 +13,9 @@ from lowbit.nn.layer import is_compiling
 from lowbit.observers import Affine
 from lowbit.static import eager
 from lowbit.static.account import Account, make_account
-from lowbit.static.lowering import Lowered, lower
-from lowbit.static.node import Node, references, replace
+from lowbit.static.lowering import Lowered
+from lowbit.static.node import Node, check_size, references, replace
+from lowbit.static.planning import Part, Plan, make_plan
 from lowbit.static.stages import Segment, coded_values, make_stages
 
 _CACHES = ("_plans", "_affines")
@@ -23,14 +24,6 @@ _MOST_PLANS = 64  # sizes of inputs times segments; the oldest goes
 
 class Scope(nn.Module):
     """What is left of a module whose forward is part of the network: the names of its layers."""
-
-
-class _Plan:
-    """A segment for inputs of one size."""
-
-    def __init__(self, lowered: Lowered, make: Callable[..., Any]) -> None:
-        self.lowered = lowered
-        self.core = make(*lowered.program.arguments())
 
 
 class Network(nn.Module):
@@ -49,13 +42,15 @@ class Network(nn.Module):
         nodes: what it computes, in order.
         make_program: what runs a program's arguments; for tests and profiles.
         folded: names of the float model's batch norms that are part of layers.
+        exported: whether torch.export captured it: it takes inputs of the example's size alone.
+        uncalled: names and classes of the float model's modules that its forward does not use.
     """
 
     make_program: Callable[..., Any] = _core.Program
 
     value_scale: Tensor
     value_zero: Tensor
-    _plans: dict[Any, _Plan]
+    _plans: dict[Any, Plan]
     _affines: dict[str, Affine] | None
 
     def __init__(
@@ -71,6 +66,8 @@ class Network(nn.Module):
         super().__init__()
         self.eager = False
         self.folded: tuple[str, ...] = ()
+        self.exported = False
+        self.uncalled: tuple[tuple[str, str], ...] = ()
         self.nodes = list(nodes)
         self._inputs = dict(zip(arguments, inputs, strict=True))
         self._output = output
@@ -109,8 +106,14 @@ class Network(nn.Module):
         Raises:
             TypeError: other arguments than the example inputs that the model was captured with.
             ValueError: sizes that do not fit.
-            RuntimeError: an input that is not on the CPU.
+            RuntimeError: an input that is not on the CPU; torch.export.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export cannot see into the programs of a static network: prepare the model "
+                "with graph=False, whose layers are operators that it exports, or write the "
+                "network by lowbit.save_file"
+            )
         if is_compiling():
             # Not as a decorator: that would import the compiler with lowbit, which takes a second.
             eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
@@ -146,6 +149,8 @@ class Network(nn.Module):
                 raise TypeError(f"argument '{name}' is a {type(x).__name__}, not a tensor")
             if x.device.type != "cpu":
                 raise RuntimeError(f"argument '{name}' is on {x.device}; move it to the CPU")
+            if self.exported:
+                check_size(name, x, self._by_name[node])
             dtype = self._by_name[node].dtype
             x = x.detach()
             if x.is_floating_point() and x.dtype != dtype:
@@ -166,30 +171,39 @@ class Network(nn.Module):
         return target(*args, **kwargs)
 
     def _run_segment(self, stage: Segment, values: dict[str, Any], last: bool) -> None:
-        inputs = [self._dense(name, values[name]) for name in stage.inputs]
-        batch = inputs[0].shape[0]
-        if any(x.shape[0] != batch for x in inputs):
-            raise ValueError(f"inputs of different batches: {[list(x.shape) for x in inputs]}")
-        plan = self._plan(stage, inputs)
-        lowered = plan.lowered
+        inputs = {name: values[name] for name in stage.inputs}
+        batch, *others = (x.shape[0] for x in inputs.values())
+        if any(other != batch for other in others):
+            shapes = [list(x.shape) for x in inputs.values()]
+            raise ValueError(f"inputs of different batches: {shapes}")
+        found = {name: self._dense(name, x) for name, x in inputs.items()}
+        for part in self._plan(stage, {name: tuple(x.shape) for name, x in found.items()}).parts:
+            self._run_part(part, found, batch, last)
+            for name in part.released:
+                found.pop(name, None)
+        for name in stage.outputs:
+            dtype = self._by_name[name].dtype
+            values[name] = found[name] if dtype is torch.float32 else found[name].to(dtype)
+
+    def _run_part(self, part: Part, values: dict[str, Tensor], batch: int, last: bool) -> None:
+        lowered = part.lowered
+        inputs = [values[name] for name in lowered.inputs]
         outputs = [
             _empty((batch, *shape), last and planar)
             for shape, planar in zip(lowered.shapes, lowered.planar[1], strict=True)
         ]
         if not batch:
             pass
-        elif self.eager:
+        elif self.eager or part.core is None:
             _run_eagerly(lowered, inputs, outputs)
         else:
-            plan.core.run(
+            part.core.run(
                 _addresses(inputs, lowered.planar[0]),
                 _addresses(outputs, lowered.planar[1]),
                 batch,
                 torch.get_num_threads(),
             )
-        for name, y in zip(lowered.outputs, outputs, strict=True):
-            dtype = self._by_name[name].dtype
-            values[name] = y if dtype is torch.float32 else y.to(dtype)
+        values.update(zip(lowered.outputs, outputs, strict=True))
 
     def _dense(self, name: str, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32:
@@ -201,25 +215,36 @@ class Network(nn.Module):
             return x
         return x.contiguous()
 
-    def _plan(self, stage: Segment, inputs: Sequence[Tensor]) -> _Plan:
-        key = (stage.nodes[0].name, tuple(tuple(x.shape[1:]) for x in inputs))
+    def _plan(self, stage: Segment, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+        key = (stage.nodes[0].name, tuple(shape[1:] for shape in shapes.values()))
         plan = self._plans.get(key)
-        if plan is None or not plan.lowered.program.is_current():
+        if plan is None or not plan.is_current():
             rank = [len(self._by_name[name].shape) for name in stage.inputs]
-            if [x.dim() for x in inputs] != rank:
+            if [len(shape) for shape in shapes.values()] != rank:
                 raise ValueError(
-                    f"inputs of {[list(x.shape) for x in inputs]}: the example inputs' had "
-                    f"{rank} dimensions"
+                    f"inputs of {[list(shape) for shape in shapes.values()]}: the example inputs' "
+                    f"had {rank} dimensions"
                 )
-            sizes = {
-                name: (self._by_name[name].layout, tuple(x.shape))
-                for name, x in zip(stage.inputs, inputs, strict=True)
-            }
-            plan = _Plan(lower(stage.nodes, sizes, stage.outputs, self), self.make_program)
+            sizes = {name: (self._by_name[name].layout, shape) for name, shape in shapes.items()}
+            plan = make_plan(stage, sizes, self, self.make_program)
             self._plans[key] = plan
             if len(self._plans) > _MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
         return plan
+
+    def refused(self) -> dict[str, str]:
+        """Nodes that the kernels refuse, for the example inputs' size or one that came since.
+
+        They are computed by torch or the layer itself, on floats.
+
+        Returns:
+            By the node's name, the reason.
+        """
+        if self.value_scale.device.type == "cpu":
+            for stage in self._stages:
+                if stage.in_integers:
+                    self._plan(stage, {name: self._by_name[name].shape for name in stage.inputs})
+        return {name: why for plan in self._plans.values() for name, why in plan.refused.items()}
 
     # --- What programs are made of ---------------------------------------------------------------
 
@@ -241,7 +266,8 @@ class Network(nn.Module):
     @property
     def account(self) -> Account:
         """What became of each call of the float model. Print it for a table."""
-        return make_account(self.nodes, set(references(self._output)))
+        outputs = set(references(self._output))
+        return make_account(self.nodes, outputs, self.refused(), self.uncalled)
 
     # --- State -----------------------------------------------------------------------------------
 

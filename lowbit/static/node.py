@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Where codes lie is always [N, height, width, channels]; a layout says which dimensions of the
 # float tensor these are. "flat" are features in torch's order of a flattened [C, H, W].
@@ -60,6 +61,20 @@ class Node:
     def keeps_codes(self) -> bool:
         """Whether its codes mean what its input's do."""
         return self.kind in ("max_pool", "pad", "resize", "view")
+
+
+def check_size(argument: str, x: Tensor, node: Node) -> None:
+    """Refuses what torch.export has not seen.
+
+    Raises:
+        ValueError: an input of another size than the example's, the batch left out.
+    """
+    if x.shape[1:] != node.shape[1:] or x.dim() != len(node.shape):
+        sizes = ", ".join(["N" if node.shape else "", *map(str, node.shape[1:])])
+        raise ValueError(
+            f"argument '{argument}' is {list(x.shape)}: the model was captured by torch.export, "
+            f"for [{sizes}] alone"
+        )
 
 
 def references(value: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit.static import functions
+from lowbit.static.exporting import operator_name
 from lowbit.static.node import CHANNELS_LAST, Node, Ref
 
 
@@ -46,8 +47,14 @@ class Call:
 
     @property
     def key(self) -> Any:
-        """By what the tables know it: the class of a module, the function, the method's name."""
-        return type(self.module) if self.module is not None else self.target
+        """By what the tables know it: the class of a module, the function, the method's name.
+
+        An operator of torch.export is known by its name, in place or not.
+        """
+        if self.module is not None:
+            return type(self.module)
+        name = operator_name(self.target)
+        return self.target if name is None else name.removesuffix("_")
 
     @property
     def label(self) -> str:
@@ -79,7 +86,8 @@ class Call:
             return str(self.target).endswith("_") and not str(self.target).endswith("__")
         if self.module is not None:
             return bool(getattr(self.module, "inplace", False))
-        if self.target in _IN_PLACE or str(getattr(self.target, "__name__", "")).endswith("_"):
+        name = operator_name(self.target) or str(getattr(self.target, "__name__", ""))
+        if self.target in _IN_PLACE or name.endswith("_"):
             return True
         _, names = functions.CALLS.get(self.target, ("", ()))
         return bool(self.named(*names).get("inplace", False))
@@ -122,7 +130,7 @@ def _function(call: Call) -> functions.Function | None:
     if call.module is not None:
         return functions.of_module(call.module)
     args = tuple(None if isinstance(value, Ref) else value for value in call.args)
-    return functions.of_call(call.target, args, call.kwargs)
+    return functions.of_call(call.key, args, call.kwargs)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -292,7 +300,7 @@ def _pads(call: Call) -> tuple[tuple[int, int, int, int], float] | None:
     if call.key in (nn.ZeroPad2d, nn.ConstantPad2d):
         given = call.named("padding", "value")
         sides, value = given["padding"], given.get("value", 0)
-    elif call.key is F.pad:
+    elif call.key in (F.pad, "pad"):
         given = call.named("pad", "mode", "value")
         sides, value = given.get("pad"), given.get("value")
         if given.get("mode", "constant") != "constant":
@@ -337,22 +345,28 @@ _IDENTITIES = {
     "clone",
     "contiguous",
     "detach",
+    "alias",
 }
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout}
+_DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout}
+_DROPOUTS |= {"dropout", "feature_dropout", "alpha_dropout"}
 
 _PATTERNS: dict[Any, Callable[[Call, str], Node | None]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _mul),
-    **dict.fromkeys((torch.cat, torch.concat), _concat),
-    **dict.fromkeys((nn.MaxPool2d, F.max_pool2d, torch.max_pool2d), _max_pool),
-    **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), _avg_pool),
-    **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _adaptive),
+    **dict.fromkeys((torch.cat, torch.concat, "cat"), _concat),
+    **dict.fromkeys((nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, "max_pool2d"), _max_pool),
+    **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d, "avg_pool2d"), _avg_pool),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, "adaptive_avg_pool2d"), _adaptive
+    ),
     **dict.fromkeys((nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d), _adaptive_max),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((nn.Flatten, torch.flatten, torch.reshape, torch.squeeze), _reshape),
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze"), _reshape),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     **dict.fromkeys((torch.transpose, "transpose"), _transpose),
-    **dict.fromkeys((nn.ZeroPad2d, nn.ConstantPad2d, F.pad), _pad),
-    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, F.interpolate), _resize),
+    **dict.fromkeys((nn.ZeroPad2d, nn.ConstantPad2d, F.pad, "pad"), _pad),
+    **dict.fromkeys(
+        (nn.Upsample, nn.UpsamplingNearest2d, F.interpolate, "upsample_nearest2d"), _resize
+    ),
 }

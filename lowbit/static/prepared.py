@@ -20,9 +20,10 @@ from lowbit.observers import Affine
 from lowbit.plan import Plan, plan_layers
 from lowbit.report import Entry, entry_of, set_entry
 from lowbit.schemes import Scheme
+from lowbit.static.account import refused_note
 from lowbit.static.capture import Graph, NotCaptured, capture
 from lowbit.static.network import Network
-from lowbit.static.node import Node
+from lowbit.static.node import Node, check_size
 from lowbit.static.stages import coded_values
 
 
@@ -36,6 +37,8 @@ class PreparedNetwork(nn.Module):
         observers: of the values that will have codes, by their names.
         layer_observers: of the inputs of static layers that run by themselves, by the layer's node.
         folded: names of the batch norms that are part of layers.
+        exported: whether torch.export captured it: it takes inputs of the example's size alone.
+        uncalled: names and classes of the modules with parameters or buffers that nothing uses.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class PreparedNetwork(nn.Module):
         super().__init__()
         self.model = graph.module
         self._graph = (graph.nodes, graph.inputs, graph.arguments, graph.output)
+        self.exported = graph.exported
+        self.uncalled = graph.uncalled
         self._layers = dict(layers)
         self.folded: list[str] = []
         self.observers = nn.ModuleDict()
@@ -67,7 +72,7 @@ class PreparedNetwork(nn.Module):
 
         Raises:
             TypeError: other arguments than the example inputs.
-            ValueError: a value with NaN or Inf.
+            ValueError: a value with NaN or Inf; a size that does not fit.
         """
         arguments = self._graph[2]
         given = dict(zip(arguments, args, strict=False)) | kwargs
@@ -76,6 +81,10 @@ class PreparedNetwork(nn.Module):
                 f"the model takes ({', '.join(arguments)}), as the example inputs were, not "
                 f"{len(args)} arguments and {sorted(kwargs)}"
             )
+        if self.exported:
+            nodes = {node.name: node for node in self._graph[0]}
+            for name, argument in zip(self._graph[1], arguments, strict=True):
+                check_size(argument, given[argument], nodes[name])
         return _Observing(self).run(*(given[name] for name in arguments))
 
     def convert(self, learn: Callable[[nn.Module, Plan], None] | None = None) -> Network:
@@ -95,6 +104,16 @@ class PreparedNetwork(nn.Module):
         if learn is not None:
             conversion.learn(learn)
         return conversion.run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph is pickled as code, and names what it finds there anew.
+        return {**self.__dict__, "_names": [node.name for node in self.model.graph.nodes]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("_names")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for node, name in zip(self.model.graph.nodes, names, strict=True):
+            node.name = name
 
 
 def _learned(modules: nn.ModuleDict) -> dict[str, observers.Observer]:
@@ -278,7 +297,20 @@ class Conversion:
             self.tensors,
         )
         network.folded = tuple(self.prepared.folded)
+        network.exported = self.prepared.exported
+        network.uncalled = self.prepared.uncalled
+        if not self.empty:
+            self._enter_refused(network)
         return network.eval()
+
+    def _enter_refused(self, network: Network) -> None:
+        """Says in the account of layers that the kernels refuse them."""
+        for name, reason in network.refused().items():
+            if network._by_name[name].kind == "layer":
+                layer = network.layer(name)
+                entry = entry_of(layer)
+                if entry is not None:
+                    set_entry(layer, replace(entry, note=refused_note(reason)))
 
     def _layer(self, node: Node) -> None:
         path, copies = node.settings["module"], node.settings["copy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from lowbit.static.node import Node
@@ -28,28 +28,31 @@ class Segment:
         return self.nodes[0].in_integers
 
 
-def make_stages(nodes: Sequence[Node], outputs: Collection[str]) -> list[Segment]:
+def make_stages(
+    nodes: Sequence[Node], outputs: Collection[str], apart: Collection[str] = ()
+) -> list[Segment]:
     """As few segments as the order of the nodes allows.
 
     Args:
         outputs: names of the values that the network returns.
+        apart: names of nodes in integers that are segments of their own.
     """
     waiting = [node for node in nodes if node.kind != "input"]
     done = {node.name for node in nodes if node.kind == "input"}
     groups: list[list[Node]] = []
     while waiting:
-        floats = _ready(waiting, done, in_integers=False)
-        groups += [[node] for node in floats]
-        integers = _ready(waiting, done, in_integers=True)
+        alone = _ready(waiting, done, lambda node: not node.in_integers or node.name in apart)
+        groups += [[node] for node in alone]
+        integers = _ready(waiting, done, lambda node: node.in_integers and node.name not in apart)
         groups += _connected(integers)
     return _segments(groups, {node.name: node for node in nodes}, outputs)
 
 
-def _ready(waiting: list[Node], done: set[str], in_integers: bool) -> list[Node]:
+def _ready(waiting: list[Node], done: set[str], fits: Callable[[Node], bool]) -> list[Node]:
     """Takes the nodes of one kind out of `waiting` that need no other kind first."""
     found = []
     for node in list(waiting):
-        if node.in_integers == in_integers and done.issuperset(node.inputs):
+        if fits(node) and done.issuperset(node.inputs):
             waiting.remove(node)
             done.add(node.name)
             found.append(node)

@@ -362,6 +362,40 @@ def test_a_compiled_function_calls_it(network, images):
         assert torch.equal(torch.compile(network, backend="eager")(images), network(images))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export_says_what_to_do(strict, network, images):
+    with pytest.raises(RuntimeError, match="graph=False"):
+        torch.export.export(network, (images,), strict=strict)
+
+
+def test_torch_export_of_what_runs_layer_by_layer(images):
+    prepared = lowbit.prepare(Net().eval(), "w8a8-static", images, graph=False)
+    model = lowbit.convert(lowbit.calibrate(prepared, [images]))
+    program = torch.export.export(model, (images,))
+    assert torch.equal(program.module()(images), model(images))
+
+
+def test_layers_that_are_never_called(images):
+    class Training(Net):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+            self.dead = nn.LayerNorm(3)
+
+        def forward(self, x):
+            y = super().forward(x)
+            return (y, self.auxiliary(x)) if self.training else y
+
+    network = converted(Training(), images)
+    rows = {row.name: row for row in network.account.left_out}
+    assert set(rows) == {"auxiliary.0", "auxiliary.1", "dead"}
+    assert (rows["dead"].operation, rows["dead"].where) == ("LayerNorm", "nowhere")
+    assert all("never called" in row.note for row in rows.values())
+    assert str(network.account).endswith("3 left out")
+    assert not converted(Net(), images).account.left_out
+    assert str(pickle.loads(pickle.dumps(network)).account) == str(network.account)
+
+
 def test_importing_lowbit_leaves_the_compiler_out():
     code = "import sys, torch, lowbit; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
