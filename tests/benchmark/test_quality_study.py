@@ -58,6 +58,23 @@ def test_a_measurement(tiny):
     assert better.seconds > 0
 
 
+def test_float_weights_round_activations_alone(tiny):
+    tiny.methods.append(Method("w8a8", text="float32 weights", float_weights=True))
+    found = measure(QualityCase("tiny", "w8a8, float32 weights"))
+    model = tiny.data.load()
+
+    def rounded(x):
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    x = torch.cat(tiny.data.tests())
+    with torch.no_grad():
+        wanted, y = model(x), model[2](rounded(torch.relu(model[0](rounded(x)))))
+    assert found.score == pytest.approx(float((wanted - y).norm() / wanted.norm()), rel=1e-3)
+    assert found.size == found.float_size == 4 * (32 * 8 + 8 + 8 * 4 + 4)
+    assert not model[0]._forward_pre_hooks
+
+
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):
     case = QualityCase("tiny", "w2a8")
     kept = {}
