@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from lowbit.benchmark.command import words
 from lowbit.benchmark.mixed import Options, page, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add, default = parser.add_argument, Options()
-    add("--schemes", type=lambda text: tuple(text.split(",")), default=default.schemes)
+    add("--schemes", type=words, default=default.schemes, help="to choose from")
+    add("--uniform", type=words, default=default.uniform, help="to compare with")
     add("--batches", type=int, default=default.batches, help="of 8 crops, to search on")
     add("--test-batches", type=int, default=default.test_batches, help="of 8 crops, to judge by")
     add("--rounds", type=int, default=default.rounds, help="of refinement (%(default)s)")

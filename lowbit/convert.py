@@ -116,6 +116,28 @@ def quantize(
     return deploy.calibrated_copy(prepared, learning.round)
 
 
+def quantize_alone(
+    model: nn.Module,
+    scheme: SchemeLike,
+    *,
+    filter_fn: Filter | None,
+    fuse: bool,
+    calibration: Data,
+    forward_fn: ForwardFn | None,
+    correct_bias: bool = False,
+) -> nn.Module:
+    """As `quantize`, with weights that learn from the inputs that layers have in the float model.
+
+    For layers that are put into the float model one by one: those of `quantize` make up for the
+    errors of all layers before them.
+    """
+    plan = make_plan(model, scheme, None, filter_fn, fuse)
+    learning = _learning(plan, calibration, forward_fn, None, correct_bias, 0)
+    if learning is not None:
+        learning.round(model, plan, alone=True)
+    return converted_copy(model, plan)
+
+
 def converted_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """What `quantize` returns, of a plan for this model."""
     # deepcopy takes what the memo holds for the copy: the lowbit layer instead of the float one.
@@ -421,8 +443,8 @@ class _Learning:
 
         calibrate(prepared, self.data, self.forward_fn, self.steps)
 
-    def round(self, model: nn.Module, plan: Plan) -> None:
-        """Makes the layers that learn from data."""
+    def round(self, model: nn.Module, plan: Plan, alone: bool = False) -> None:
+        """Makes the layers that learn from data; `alone` as for `round_layers`."""
         if not self.rounds:
             return
         made: dict[int, nn.Module] = {}
@@ -434,6 +456,7 @@ class _Learning:
             self.forward_fn or run,
             self.correct_bias,
             self.block_steps,
+            alone,
         )
         for job in plan.jobs:
             job.layer = layers[id(job.module)]

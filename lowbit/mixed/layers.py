@@ -7,8 +7,10 @@ The lowbit layers of a scheme are made once, by `lowbit.quantize` with all that 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,13 +21,14 @@ from lowbit.calibration.data import Data
 from lowbit.calibration.deploy import calibrated_copy
 from lowbit.calibration.prepare import prepare
 from lowbit.calibration.run import calibrate
-from lowbit.convert import child_slots, quantize
+from lowbit.convert import child_slots, quantize, quantize_alone
 from lowbit.fuse import identity
 from lowbit.nn.base import QuantizedLayer
 from lowbit.plan import Filter, SchemeLike, make_plan
 from lowbit.quantizers import needs_data
 from lowbit.report import count_bytes
 from lowbit.schemes import Scheme
+from lowbit.serialize import load_file, save_file
 
 Assignment = Mapping[str, str | None]
 """From the names of layers to names of schemes; None, or no entry, is float."""
@@ -94,9 +97,26 @@ class Conversion:
         )
 
     def layered(self, model: nn.Module, scheme: Scheme) -> nn.Module:
-        """The copy with one scheme, layer by layer: a static one is not captured as a graph."""
-        if self.calibration is None or not scheme.static:
+        """The copy with one scheme, to take layers from.
+
+        They run layer by layer: a static model is not captured as a graph. Weights learn from the
+        inputs that the layers have in the float model, not behind others of few bits, whose
+        errors they would make up for.
+        """
+        if self.calibration is None:
             return self.quantize(model, scheme)
+        if not scheme.static:
+            if not needs_data(scheme.quantizer or "") or "block_steps" in self.options:
+                return self.quantize(model, scheme)
+            return quantize_alone(
+                model,
+                scheme,
+                filter_fn=self.filter_fn,
+                fuse=self.fuse,
+                calibration=self.calibration,
+                forward_fn=self.forward_fn,
+                **self.options,
+            )
         if self.options or needs_data(scheme.quantizer or ""):
             return self.quantize(model, scheme)  # whose weights learn layer by layer, too
         prepared = prepare(model, scheme, filter_fn=self.filter_fn, fuse=self.fuse, graph=False)
@@ -132,6 +152,8 @@ class Workbench:
         schemes: what its layers are converted to, by name.
         conversion: how.
         report: called with the scheme that is being made, and the share done.
+        kept: the file where the layers of a scheme that learns are kept, by the scheme's name;
+            those that are there are not learned again. None keeps none.
 
     Attributes:
         model: the float model itself.
@@ -147,9 +169,11 @@ class Workbench:
         schemes: Mapping[str, Scheme],
         conversion: Conversion,
         report: Callable[[str, float], None],
+        kept: Callable[[str], Path] | None = None,
     ) -> None:
         self.model = model
         self.conversion = conversion
+        self._kept = kept
         found: dict[str, Layer] = {}
         for done, (name, scheme) in enumerate(schemes.items()):
             report(f"converting to {name}", done / len(schemes))
@@ -177,9 +201,9 @@ class Workbench:
             )
         if not plan.jobs:
             return
-        copy = conversion.layered(self.model, scheme)
+        made = self._layered(name, scheme)
         for job in plan.jobs:
-            version = copy.get_submodule(job.name)
+            version = made.get_submodule(job.name)
             if not any(isinstance(part, QuantizedLayer) for part in version.modules()):
                 continue  # its converter left it as it is
             if isinstance(version, QuantizedLayer):
@@ -190,6 +214,24 @@ class Workbench:
             size = count_bytes(tensors, set())
             layer = Layer(job.name, job.module, norm, job.shape, size)
             found.setdefault(job.name, layer).versions[name] = version.eval()
+
+    def _layered(self, name: str, scheme: Scheme) -> nn.Module:
+        """The copy with one scheme: the one that is kept, or else a new one."""
+        if self._kept is None or not scheme.learns:
+            return self.conversion.layered(self.model, scheme)
+        path = self._kept(name)
+        if path.exists():
+            # Into a copy without weights: the file has its own.
+            memo: dict[int, Any] = {
+                id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad)
+                for p in self.model.parameters()
+            }
+            return load_file(copy.deepcopy(self.model, memo), path)
+        made = self.conversion.layered(self.model, scheme)
+        half = path.with_name(f"{path.name}.part")
+        save_file(made, half)
+        half.replace(path)  # a file that is there is whole
+        return made
 
     def __enter__(self) -> Workbench:
         self._stack.enter_context(eval_mode([self.model]))

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lowbit.mixed.measure import Forward, Measurer, Progress, Steps
 from lowbit.mixed.sensitivity import effects, session
 from lowbit.plan import Filter, SchemeLike
 from lowbit.quality import Quality
+from lowbit.quantizers import needs_data
 from lowbit.schemes import Scheme
 from lowbit.timing import Ratio
 
@@ -130,12 +132,15 @@ def search_many(
     options: Mapping[str, Any] | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    each: Callable[[Found, nn.Module], None] | None = None,
 ) -> list[Found]:
     """`search` for several budgets: what does not depend on them is done once.
 
     Each search may use what those before it have measured, so the order matters.
 
-    Args and errors are those of `search`; `budgets` has one per result.
+    Args and errors are those of `search`, and:
+        budgets: one for each result.
+        each: is called with every result, as soon as it is there, and its converted model.
     """
     parsed = [Budget.parse(budget) for budget in budgets]
     if rounds < 0 or front < 0:
@@ -193,6 +198,8 @@ def search_many(
                 measured=len(trials),
             )
             results.append(found)
+            if each is not None:
+                each(found, final.model)
         return results
 
 
@@ -200,6 +207,7 @@ def search_many(
 class _Final:
     """A choice, converted for good and measured."""
 
+    model: nn.Module
     choice: tuple[int, ...]
     bytes: int
     quality: Quality
@@ -239,7 +247,12 @@ class _Run:
     def uniform(self, name: str, float_seconds: float | None, measured: Sensitivity) -> Point:
         """One scheme for every layer that it converts, slower ones too."""
         assignment = self._measurer.bench.uniform(name)
-        quality = self._measurer.quality(assignment)
+        scheme = Scheme.parse(name)
+        if needs_data(scheme.quantizer or ""):  # its layers make up for those before them
+            entry = self._measurer.journal.get(f"uniform {name}", partial(self._converted, scheme))
+            quality = Quality(**entry)
+        else:
+            quality = self._measurer.quality(assignment)
         size = self._measurer.bench.bytes(assignment)
         seconds = float_seconds
         if seconds is not None:
@@ -248,6 +261,11 @@ class _Run:
                     seconds += layer.schemes[name].seconds or 0.0
                     seconds -= layer.float_seconds or 0.0
         return Point(name, assignment, size, seconds, quality)
+
+    def _converted(self, scheme: Scheme) -> dict[str, Any]:
+        copy = self._conversion.quantize(self._model_in_float(), scheme)
+        with eval_mode([copy]):
+            return self._measurer.quality_of(copy).to_dict()
 
     def bytes_of(self, budget: Budget) -> float:
         """The limit in bytes."""
@@ -365,7 +383,7 @@ class _Run:
             before, after = self._measurer.time_models([model, copy], self._seconds)
         ratio = timing.ratio(before, after)
         size = weight_bytes(copy)
-        return _Final(trial.choice, size, quality, before.p50, after.p50, ratio)
+        return _Final(copy, trial.choice, size, quality, before.p50, after.p50, ratio)
 
     def front(
         self, cost: str, latency: bool, float_seconds: float, names: Sequence[str]

@@ -7,7 +7,7 @@ memory taken is that of the lowbit layers, of the batches and of the float model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def sensitivity(
         calibration: batches for the schemes that learn from data; others than those of `data`.
         options: further arguments of `lowbit.quantize`.
         resume: a JSON-lines file to which every result is written as soon as it is there. A run
-            with the same arguments goes on from it.
+            with the same arguments goes on from it. Layers that learn from data are kept in files
+            beside it.
         progress: called with the stage (the time left in it) and the share done.
 
     Returns:
@@ -112,15 +113,30 @@ def session(
         "data": data_fingerprint(inputs),
         "schemes": [scheme.to_dict() for scheme in parsed.values()],
         "task": _task_text(found),
+        "calibration": _calibration_text(conversion.calibration),
         "options": repr((conversion.fuse, sorted(conversion.options.items()))),
         "isa": _core.isa(),
         "threads": torch.get_num_threads(),
     }
     journal = Journal(resume, header)
     report = progress if progress is not None else _silent
-    with Workbench(model, parsed, conversion, report) as bench:
+    kept = None if resume is None else _kept(Path(resume), header)
+    with Workbench(model, parsed, conversion, report, kept) as bench:
         report("float outputs", 0.0)
         yield Measurer(bench, inputs, task, forward_fn, journal), list(parsed), len(inputs)
+
+
+def _kept(resume: Path, header: Mapping[str, Any]) -> Callable[[str], Path]:
+    """Where the layers of schemes that learn are kept: beside the journal, named after its run."""
+    run = data_fingerprint({key: header[key] for key in ("model", "options", "calibration")})
+    return lambda scheme: resume.with_name(f"{resume.stem}.{run}.{scheme}.safetensors")
+
+
+def _calibration_text(calibration: Data | None) -> str:
+    """What tells calibration data from others, as far as they can be read twice."""
+    if isinstance(calibration, (list, tuple)):
+        return data_fingerprint(calibration)
+    return type(calibration).__name__
 
 
 def _task_text(task: tasks.Task | str | None) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from lowbit.benchmark.mixed import Line, page
+from lowbit.benchmark.mixed import Line, _limits, page
 from lowbit.quality import measure
 
 
@@ -33,8 +33,19 @@ def test_page():
     assert share >= 0.93
     assert f"reached, {100 * share:.1f} % with 1,990 bytes" in text
     assert "not reached" not in text
-    assert "w4a8 " in text.split("uniform -> mixed: ")[1]
+    uniform, mixed = (100 * LINES[i].quality.top1_agreement for i in (1, 3))
+    found = text.split("uniform -> mixed: ")[1]
+    assert found.startswith(f"w4a8 {uniform:.1f} -> {mixed:.1f} % (KL ")
+    assert "w8a8" not in found.split("\n")[0]
     assert "Written by `python bench/search.py`" in text
+
+
+def test_what_is_searched_for():
+    lines = [
+        Line(name, size, LINES[0].quality, False, {})
+        for name, size in (("w8a8", 4001), ("w4a8", 2200), ("w4a8-g32", 2400), ("w2a8", 1100))
+    ]
+    assert _limits(lines) == {2000: "half of w8a8", 2200: "as w4a8", 2400: "as w4a8-g32"}
 
 
 def test_a_target_that_is_missed():

@@ -22,7 +22,7 @@ def test_every_case_is_a_method_of_its_own():
         assert method.label == case.method
         assert method.goal in study.NETWORKS[case.quality].targets or not method.goal
         for scheme in (method.scheme, *method.overrides.values()):
-            Scheme.parse(scheme)
+            assert scheme is None or Scheme.parse(scheme)
 
 
 def test_every_target_has_a_method():
@@ -56,6 +56,23 @@ def test_a_measurement(tiny):
     assert plain.size == better.size
     assert plain.float_size == 4 * (32 * 8 + 8 + 8 * 4 + 4)
     assert better.seconds > 0
+
+
+def test_float_weights_round_activations_alone(tiny):
+    tiny.methods.append(Method("w8a8", text="float32 weights", float_weights=True))
+    found = measure(QualityCase("tiny", "w8a8, float32 weights"))
+    model = tiny.data.load()
+
+    def rounded(x):
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    x = torch.cat(tiny.data.tests())
+    with torch.no_grad():
+        wanted, y = model(x), model[2](rounded(torch.relu(model[0](rounded(x)))))
+    assert found.score == pytest.approx(float((wanted - y).norm() / wanted.norm()), rel=1e-3)
+    assert found.size == found.float_size == 4 * (32 * 8 + 8 + 8 * 4 + 4)
+    assert not model[0]._forward_pre_hooks
 
 
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):

@@ -12,6 +12,7 @@ import lowbit
 from lowbit import timing
 from lowbit.baselines import weight_bytes
 from lowbit.mixed.found import read_schemes
+from lowbit.mixed.layers import Conversion
 from lowbit.mixed.search import search_many
 from lowbit.quality import QualityMeter
 from lowbit.timing import Timing
@@ -163,6 +164,60 @@ def test_the_same_again_and_after_an_interruption(tmp_path):
         lowbit.search(net(), data, "40%", SCHEMES, forward_fn=run, resume=path)
     assert lowbit.search(net(), data, "40%", SCHEMES, forward_fn=run, resume=path) == whole
     assert lowbit.search(net(), data, "40%", SCHEMES) == whole
+
+
+LEARNED = ("w8a8", "w2a8-gptq")
+
+
+def _search(path, calibration, **options):
+    options = {"resume": path, "calibration": calibration, "allow_slower": True, **options}
+    return lowbit.search(net(), batches(1), "15%", LEARNED, rounds=1, front=0, **options)
+
+
+def test_layers_that_learn_are_kept_beside_the_file(tmp_path, monkeypatch):
+    alone = []
+    layered = Conversion.layered
+    monkeypatch.setattr(
+        Conversion,
+        "layered",
+        lambda self, model, scheme: (alone.append(scheme.name), layered(self, model, scheme))[1],
+    )
+    data = batches(2, seed=5)
+    found = _search(tmp_path / "run.jsonl", data)
+    assert alone == list(LEARNED)
+    kept = [path.name for path in tmp_path.glob("*.safetensors*")]
+    assert len(kept) == 1
+    assert kept[0].startswith("run.")
+    assert kept[0].endswith(".w2a8-gptq.safetensors")
+    again = _search(tmp_path / "run.jsonl", data)
+    assert alone == [*LEARNED, "w8a8"]
+    assert again.overrides == found.overrides
+    assert again.quality == found.quality
+    with pytest.raises(ValueError, match="belongs to another run: calibration differ"):
+        _search(tmp_path / "run.jsonl", batches(2, seed=6))
+    assert alone == [*LEARNED, "w8a8"]
+    other = _search(tmp_path / "other.jsonl", batches(2, seed=6))
+    assert alone[3:] == list(LEARNED)
+    assert other.quality != found.quality
+
+
+def test_each_result_is_handed_out_with_its_model(tmp_path):
+    model, data, handed = net(), batches(1), []
+    found = search_many(
+        model, data, ["40%", "20%"], SCHEMES, each=lambda *pair: handed.append(pair)
+    )
+    assert [result for result, _ in handed] == found
+    for result, copy in handed:
+        assert weight_bytes(copy) == result.bytes
+        assert _quality(model, copy, data) == result.quality
+
+
+def test_uniform_schemes_that_learn_are_as_quantize_makes_them(tmp_path):
+    data = batches(2, seed=5)
+    found = _search(tmp_path / "run.jsonl", data)
+    copy = lowbit.quantize(net(), "w2a8-gptq", calibration=data)
+    row = next(point for point in found.uniform if point.name == "w2a8-gptq")
+    assert row.quality == _quality(net(), copy, batches(1))
 
 
 def test_its_file_is_what_quantize_takes(tmp_path):

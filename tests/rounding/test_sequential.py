@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowbit
+from lowbit.convert import quantize_alone
 from lowbit.quantizers import dequantize_weight
 from lowbit.rounding.moments import Moments, float_matrix, rows_of
+from lowbit.schemes import Scheme
 
 
 def images(count=4, channels=3, size=10, seed=0):
@@ -214,6 +216,30 @@ def test_corrected_biases_keep_the_means():
     assert torch.equal(plain.head.weight_packed, corrected.head.weight_packed)
     note = next(r.note for r in lowbit.summary(corrected).rows if r.name == "features.0")
     assert "bias corrected" in note
+
+
+def test_layers_alone_are_rounded_for_the_inputs_of_the_float_model():
+    """The oracle converts one layer at a time."""
+    model = Net()
+    alone = quantize_alone(
+        model,
+        Scheme.parse("w2a8-gptq"),
+        filter_fn=None,
+        fuse=True,
+        calibration=data(),
+        forward_fn=None,
+        correct_bias=True,
+    )
+    behind = lowbit.quantize(model, "w2a8-gptq", calibration=data(), correct_bias=True)
+    for name in ("features.0", "features.3", "features.5", "head"):
+        one = lowbit.quantize(
+            model, None, overrides={name: "w2a8-gptq"}, calibration=data(), correct_bias=True
+        )
+        wanted, found, other = (q.get_submodule(name).state_dict() for q in (one, alone, behind))
+        for key, value in wanted.items():
+            assert torch.equal(found[key], value), (name, key)
+        same = all(torch.equal(other[key], value) for key, value in wanted.items())
+        assert same == (name == "features.0")
 
 
 def test_layers_called_twice_and_transformers():

@@ -91,8 +91,10 @@ NOTES = {
     "efficientnet": (
         "Calibration: 88 crops of eleven photographs and textures. Test: 240 crops of six other "
         "photographs, sides of 0.7 to 1 of the shorter side, half of them mirrored: one "
-        "crop is 0.4 points. Published figures are accuracies on ImageNet, which these are not; "
-        "we found none for this network below 8 bits."
+        "crop is 0.4 points. In float32, 23 of the crops, 16 of one photograph, have less than 5 "
+        "points of probability between the first guess and the second. `float32 weights` rounds "
+        "activations alone: what no choice of weights gets past. Published figures are accuracies "
+        "on ImageNet, which these are not; we found none for this network below 8 bits."
     ),
     "minilm": (
         "Calibration: 1000 sentences of the docstrings of Python's library. Test: 500 of NumPy's. "

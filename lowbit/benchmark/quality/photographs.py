@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,10 +40,10 @@ def load() -> nn.Module:
     return load_model()
 
 
-def calibration() -> list[Tensor]:
-    """Batches float32 [8, 3, 224, 224], channels_last."""
+def calibration(files: Sequence[tuple[str, str]] = CALIBRATION) -> list[Tensor]:
+    """Batches float32 [8, 3, 224, 224], channels_last, of all photographs or of some."""
     random = torch.Generator().manual_seed(0)
-    x = torch.cat([_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in CALIBRATION])
+    x = torch.cat([_crops(_path(*file), CROPS, _CALIBRATION_SIDE, random) for file in files])
     return _batches(x[torch.randperm(len(x), generator=random)])
 
 
