@@ -35,6 +35,10 @@ inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_
 inline FloatReg float_add(FloatReg a, FloatReg b) { return _mm512_add_ps(a, b); }
 inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm512_max_ps(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm512_min_ps(a, b); }
+inline FloatReg magnitude(FloatReg v) { return _mm512_abs_ps(v); }
+inline uint32_t negative(FloatReg v) {
+  return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGE_UQ);
+}
 inline Reg nearest(FloatReg v) { return _mm512_cvtps_epi32(v); }
 inline void store_codes(int8_t* p, Reg v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));

@@ -35,6 +35,11 @@ inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return vfmaq_f32(c, 
 inline FloatReg float_add(FloatReg a, FloatReg b) { return vaddq_f32(a, b); }
 inline FloatReg float_max(FloatReg a, FloatReg b) { return vmaxnmq_f32(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return vminnmq_f32(a, b); }
+inline FloatReg magnitude(FloatReg v) { return vabsq_f32(v); }
+inline uint32_t negative(FloatReg v) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(bits, vcgezq_f32(v)));
+}
 inline Reg nearest(FloatReg v) { return vcvtnq_s32_f32(v); }
 inline void store_codes(int8_t* p, Reg v) {
   const int16x4_t shorts = vqmovn_s32(v);

@@ -91,6 +91,16 @@ inline FloatReg float_min(const FloatReg& a, const FloatReg& b) {
   for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
   return out;
 }
+inline FloatReg magnitude(const FloatReg& v) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = __builtin_fabsf(v.lane[i]);
+  return out;
+}
+inline uint32_t negative(const FloatReg& v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= v.lane[i] >= 0.0f ? 0u : 1u << i;
+  return bits;
+}
 // Of |v| < 2^22, by adding 1.5 * 2^23.
 inline Reg nearest(const FloatReg& v) {
   Reg out;

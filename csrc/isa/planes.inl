@@ -1,0 +1,167 @@
+// Between channels first and channels last, in squares in registers: floats, and floats to codes.
+
+// In squares; the last ones of an edge overlap those before.
+void transpose(int64_t rows, int64_t cols, const float* x, ptrdiff_t x_pitch, float* y,
+               ptrdiff_t y_pitch) {
+  using Floats = float __attribute__((vector_size(kLanes * 4)));
+  if (rows < kLanes || cols < kLanes) {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < rows; ++r) y[c * y_pitch + r] = x[r * x_pitch + c];
+    return;
+  }
+  const auto edge = [](int64_t at, int64_t end) { return at + kLanes <= end ? at : end - kLanes; };
+  for (int64_t c = 0; c < cols; c += kLanes)  // columns of y's memory one after the other
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t r0 = edge(r, rows), c0 = edge(c, cols);
+      Floats v[kLanes];
+      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+          __builtin_memcpy(&v[i], x + (r0 + i) * x_pitch + c0, sizeof(Floats));
+      transpose_square(v);
+      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+          __builtin_memcpy(y + (c0 + i) * y_pitch + r0, &v[i], sizeof(Floats));
+    }
+}
+
+// Codes of kLanes floats, in the low byte of a lane.
+struct RoundedCodes {
+  float inverse;
+
+  LOWBIT_INLINE Lanes operator()(const float* x) {
+    const FloatReg v =
+        float_add(multiply(float_load(x), float_splat(inverse)), float_splat(kRound));
+    Lanes q;
+    __builtin_memcpy(&q, &v, sizeof(q));
+    return q;
+  }
+  uint32_t seen() const { return 0; }
+};
+
+// The same, saturated; looks for what is not finite on the way.
+struct SaturatedCodes {
+  float inverse, low, high;
+  int32_t zero;
+  Lanes largest;
+
+  LOWBIT_INLINE Lanes operator()(const float* x) {
+    const FloatReg v = float_load(x);
+    Lanes bits, q;
+    __builtin_memcpy(&bits, &v, sizeof(bits));
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+    FloatReg scaled = multiply(v, float_splat(inverse));
+    scaled = float_min(float_max(scaled, float_splat(low)), float_splat(high));
+    scaled = float_add(scaled, float_splat(kRound));
+    __builtin_memcpy(&q, &scaled, sizeof(q));
+    return q + zero;
+  }
+  uint32_t seen() const {
+    int32_t most = 0;
+    for (int i = 0; i < kLanes; ++i) most = most < largest[i] ? largest[i] : most;
+    return static_cast<uint32_t>(most);
+  }
+};
+
+// Four channels of kLanes pixels as a dword each; those from `channels` on are 0.
+template <bool Whole, class Codes>
+LOWBIT_INLINE Lanes quad_of_codes(Codes& codes, const float* x, ptrdiff_t plane, int channels) {
+  if constexpr (Whole) {
+    const Lanes a = codes(x), b = codes(x + plane), c = codes(x + 2 * plane),
+                d = codes(x + 3 * plane);
+    return (((a & 0xff) | (b << 8 & 0xff00)) & 0xffff) | (((c & 0xff) << 16) | d << 24);
+  } else {
+    Lanes v = {};
+    for (int i = 0; i < channels && i < 4; ++i) v |= (codes(x + i * plane) & 0xff) << (8 * i);
+    return v;
+  }
+}
+
+// `Quads` x 4 channels of kLanes pixels to where these are.
+template <int Quads, class Codes>
+LOWBIT_INLINE void put_quads(Codes& codes, const float* x, ptrdiff_t plane, int8_t* const* out,
+                             ptrdiff_t offset) {
+  Lanes v[Quads];
+  LOWBIT_UNROLL for (int q = 0; q < Quads; ++q) v[q] =
+      quad_of_codes<true>(codes, x + 4 * q * plane, plane, 4);
+  if constexpr (Quads == kLanes) {
+    transpose_square(v);
+    LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+        __builtin_memcpy(out[i] + offset, &v[i], sizeof(Lanes));
+  } else {
+    static_assert(Quads == 4, "their dwords are dealt out in two rounds");
+    Lanes even[2], odd[2], all[4];
+    zip(v[0], v[2], even[0], even[1]);
+    zip(v[1], v[3], odd[0], odd[1]);
+    zip(even[0], odd[0], all[0], all[1]);
+    zip(even[1], odd[1], all[2], all[3]);
+    int8_t pixels[kLanes][16];
+    __builtin_memcpy(pixels, all, sizeof(all));
+    LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
+        __builtin_memcpy(out[i] + offset, pixels[i], sizeof(pixels[i]));
+  }
+}
+
+// The last channels, up to four, of kLanes pixels: `width` bytes of each. Of fewer than four, what
+// is written behind a pixel is written again by the next; `left` pixels are there.
+template <class Codes>
+LOWBIT_INLINE void put_last(Codes& codes, const float* x, ptrdiff_t plane, int channels, int width,
+                            int left, int8_t* const* out, ptrdiff_t offset) {
+  const Lanes v = channels >= 4 ? quad_of_codes<true>(codes, x, plane, 4)
+                                : quad_of_codes<false>(codes, x, plane, channels);
+  int8_t pixels[kLanes][4];
+  __builtin_memcpy(pixels, &v, sizeof(v));
+  const int safe = width >= 4 ? kLanes : left - 3, whole = safe < kLanes ? safe : kLanes;
+  int i = 0;
+  for (; i < whole; ++i) __builtin_memcpy(out[i] + offset, pixels[i], 4);
+  for (; i < kLanes; ++i)
+    for (int c = 0; c < width; ++c) out[i][offset + c] = pixels[i][c];
+}
+
+template <class Codes>
+LOWBIT_INLINE void put_planes(Codes& codes, const float* x, ptrdiff_t plane, int count,
+                              int channels, int width, int8_t* const* out, ptrdiff_t offset) {
+  // The last pixels overlap those before.
+  for (int done = 0; done < count;) {
+    const int at = done + kLanes <= count ? done : count - kLanes;
+    // From the last channels on: what is written behind a pixel is written again.
+    int c = (width - 1) / 4 * 4;
+    const auto whole = [&](int quads) { return c + 4 <= channels && (c + 4) % (4 * quads) == 0; };
+    while (c >= 0) {
+      if (whole(kLanes)) {
+        c -= 4 * kLanes;
+        put_quads<kLanes>(codes, x + (c + 4) * plane + at, plane, out + at, offset + c + 4);
+      } else if (whole(4)) {
+        c -= 16;
+        put_quads<4>(codes, x + (c + 4) * plane + at, plane, out + at, offset + c + 4);
+      } else {
+        put_last(codes, x + c * plane + at, plane, channels - c, width - c, count - at, out + at,
+                 offset + c);
+        c -= 4;
+      }
+    }
+    done = at + kLanes;
+  }
+}
+
+uint32_t encode_planes(const PlaneCodes& how, const float* x, ptrdiff_t plane, int count,
+                       int channels, int width, int8_t* const* out, ptrdiff_t offset) {
+  if (count < kLanes) {
+    float few[64 * kLanes] = {};
+    int8_t pixels[kLanes][64], *to[kLanes];
+    for (int c = 0; c < channels; ++c)
+      for (int i = 0; i < count; ++i) few[c * kLanes + i] = x[c * plane + i];
+    for (int i = 0; i < kLanes; ++i) to[i] = pixels[i];
+    const uint32_t seen = encode_planes(how, few, kLanes, kLanes, channels, width, to, 0);
+    for (int i = 0; i < count; ++i)
+      __builtin_memcpy(out[i] + offset, pixels[i], static_cast<size_t>(width));
+    return seen;
+  }
+  if (!how.saturates) {
+    RoundedCodes codes{how.inverse};
+    put_planes(codes, x, plane, count, channels, width, out, offset);
+    return codes.seen();
+  }
+  SaturatedCodes codes{how.inverse, static_cast<float>(-128 - how.zero),
+                       static_cast<float>(127 - how.zero), how.zero, Lanes{}};
+  put_planes(codes, x, plane, count, channels, width, out, offset);
+  return codes.seen();
+}
