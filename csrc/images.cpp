@@ -269,10 +269,12 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
       // No run is smaller than a square, if it need not be.
       const int64_t left = end * g.width - at;
       const int64_t count = left <= kRun ? left : left < kRun + kSquare ? kRun - kSquare : kRun;
-      int64_t y = at / g.width, x_at = at % g.width;
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = codes(image, 0, g.pad_top + y, g.pad_left + x_at);
-        if (++x_at == g.width) ++y, x_at = 0;
+      for (int64_t i = 0; i < count;) {
+        const int64_t y = (at + i) / g.width, first = (at + i) % g.width;
+        const int64_t here = std::min(count - i, g.width - first);
+        int8_t* const q = codes(image, 0, g.pad_top + y, g.pad_left + first);
+        for (int64_t j = 0; j < here; ++j) to[i + j] = q + j * pitch_;
+        i += here;
       }
       largest =
           std::max(largest, kernel_.encode_planes(how, x + c * pixels + at, pixels,

@@ -1,9 +1,23 @@
 // Between channels first and channels last, in squares in registers: floats, and floats to codes.
 
+// v[c] = column c of a square. Loads put what belongs together into the quarters of a register, so
+// that no shuffle crosses these.
+LOWBIT_INLINE void load_columns(const float* x, ptrdiff_t pitch, FloatReg (&v)[kLanes]) {
+  LOWBIT_UNROLL for (int c = 0; c < kLanes; c += 4) {
+    FloatReg a[4];
+    LOWBIT_UNROLL for (int i = 0; i < 4; ++i) a[i] = float_quads(x + i * pitch + c, 4 * pitch);
+    const FloatReg low[] = {zip_low(a[0], a[1]), zip_low(a[2], a[3])};
+    const FloatReg high[] = {zip_high(a[0], a[1]), zip_high(a[2], a[3])};
+    v[c] = pair_low(low[0], low[1]);
+    v[c + 1] = pair_high(low[0], low[1]);
+    v[c + 2] = pair_low(high[0], high[1]);
+    v[c + 3] = pair_high(high[0], high[1]);
+  }
+}
+
 // In squares; the last ones of an edge overlap those before.
 void transpose(int64_t rows, int64_t cols, const float* x, ptrdiff_t x_pitch, float* y,
                ptrdiff_t y_pitch) {
-  using Floats = float __attribute__((vector_size(kLanes * 4)));
   if (rows < kLanes || cols < kLanes) {
     for (int64_t c = 0; c < cols; ++c)
       for (int64_t r = 0; r < rows; ++r) y[c * y_pitch + r] = x[r * x_pitch + c];
@@ -13,20 +27,21 @@ void transpose(int64_t rows, int64_t cols, const float* x, ptrdiff_t x_pitch, fl
   for (int64_t c = 0; c < cols; c += kLanes)  // columns of y's memory one after the other
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t r0 = edge(r, rows), c0 = edge(c, cols);
-      Floats v[kLanes];
-      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
-          __builtin_memcpy(&v[i], x + (r0 + i) * x_pitch + c0, sizeof(Floats));
-      transpose_square(v);
-      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
-          __builtin_memcpy(y + (c0 + i) * y_pitch + r0, &v[i], sizeof(Floats));
+      FloatReg v[kLanes];
+      load_columns(x + r0 * x_pitch + c0, x_pitch, v);
+      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i) float_store(y + (c0 + i) * y_pitch + r0, v[i]);
     }
 }
+
+// Floats of a run: no prefetcher follows as many streams as there are channels.
+constexpr int kAhead = 64;
 
 // Codes of kLanes floats, in the low byte of a lane.
 struct RoundedCodes {
   float inverse;
 
   LOWBIT_INLINE Lanes operator()(const float* x) {
+    __builtin_prefetch(x + kAhead);
     const FloatReg v =
         float_add(multiply(float_load(x), float_splat(inverse)), float_splat(kRound));
     Lanes q;
@@ -43,6 +58,7 @@ struct SaturatedCodes {
   Lanes largest;
 
   LOWBIT_INLINE Lanes operator()(const float* x) {
+    __builtin_prefetch(x + kAhead);
     const FloatReg v = float_load(x);
     Lanes bits, q;
     __builtin_memcpy(&bits, &v, sizeof(bits));

@@ -39,12 +39,14 @@ inline float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 void add_abs(const float* x, int64_t n, int64_t at, float* lanes) {
   int64_t i = 0;
   for (; i < n && (at + i) % 16; ++i) lanes[(at + i) % 16] += absolute(x[i]);
-  float lane[16];
-  __builtin_memcpy(lane, lanes, sizeof(lane));
+  // Registers: an array of floats would go through memory at each addition.
+  FloatReg lane[16 / kLanes];
+  LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) lane[j] = float_load(lanes + j * kLanes);
   for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 16; ++j) lane[j] += absolute(x[i + j]);
-  for (int j = 0; i + j < n; ++j) lane[j] += absolute(x[i + j]);
-  __builtin_memcpy(lanes, lane, sizeof(lane));
+    LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) lane[j] =
+        float_add(lane[j], magnitude(float_load(x + i + j * kLanes)));
+  LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) float_store(lanes + j * kLanes, lane[j]);
+  for (int j = 0; i + j < n; ++j) lanes[j] += absolute(x[i + j]);
 }
 
 void fit(const float* x, const float* mask, int64_t n, float scale, float low, float high,
