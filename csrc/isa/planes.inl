@@ -132,6 +132,9 @@ LOWBIT_INLINE void put_last(Codes& codes, const float* x, ptrdiff_t plane, int c
     for (int c = 0; c < width; ++c) out[i][offset + c] = pixels[i][c];
 }
 
+// Whether a square fits in registers: scalar code for it would be 100 KB.
+constexpr bool kSquares = kRegs * kPanels > 1;
+
 template <class Codes>
 LOWBIT_INLINE void put_planes(Codes& codes, const float* x, ptrdiff_t plane, int count,
                               int channels, int width, int8_t* const* out, ptrdiff_t offset) {
@@ -142,7 +145,7 @@ LOWBIT_INLINE void put_planes(Codes& codes, const float* x, ptrdiff_t plane, int
     int c = (width - 1) / 4 * 4;
     const auto whole = [&](int quads) { return c + 4 <= channels && (c + 4) % (4 * quads) == 0; };
     while (c >= 0) {
-      if (whole(kLanes)) {
+      if (kSquares && whole(kLanes)) {
         c -= 4 * kLanes;
         put_quads<kLanes>(codes, x + (c + 4) * plane + at, plane, out + at, offset + c + 4);
       } else if (whole(4)) {
