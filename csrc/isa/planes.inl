@@ -40,13 +40,11 @@ constexpr int kAhead = 64;
 struct RoundedCodes {
   float inverse;
 
-  LOWBIT_INLINE Lanes operator()(const float* x) {
+  LOWBIT_INLINE void operator()(const float* x, Lanes& q) {
     __builtin_prefetch(x + kAhead);
     const FloatReg v =
         float_add(multiply(float_load(x), float_splat(inverse)), float_splat(kRound));
-    Lanes q;
     __builtin_memcpy(&q, &v, sizeof(q));
-    return q;
   }
   uint32_t seen() const { return 0; }
 };
@@ -57,10 +55,10 @@ struct SaturatedCodes {
   int32_t zero;
   Lanes largest;
 
-  LOWBIT_INLINE Lanes operator()(const float* x) {
+  LOWBIT_INLINE void operator()(const float* x, Lanes& q) {
     __builtin_prefetch(x + kAhead);
     const FloatReg v = float_load(x);
-    Lanes bits, q;
+    Lanes bits;
     __builtin_memcpy(&bits, &v, sizeof(bits));
     bits &= 0x7fffffff;
     largest = bits > largest ? bits : largest;
@@ -68,7 +66,7 @@ struct SaturatedCodes {
     scaled = float_min(float_max(scaled, float_splat(low)), float_splat(high));
     scaled = float_add(scaled, float_splat(kRound));
     __builtin_memcpy(&q, &scaled, sizeof(q));
-    return q + zero;
+    q += zero;
   }
   uint32_t seen() const {
     int32_t most = 0;
@@ -79,15 +77,19 @@ struct SaturatedCodes {
 
 // Four channels of kLanes pixels as a dword each; those from `channels` on are 0.
 template <bool Whole, class Codes>
-LOWBIT_INLINE Lanes quad_of_codes(Codes& codes, const float* x, ptrdiff_t plane, int channels) {
+LOWBIT_INLINE void quad_of_codes(Codes& codes, const float* x, ptrdiff_t plane, int channels,
+                                 Lanes& v) {
   if constexpr (Whole) {
-    const Lanes a = codes(x), b = codes(x + plane), c = codes(x + 2 * plane),
-                d = codes(x + 3 * plane);
-    return (((a & 0xff) | (b << 8 & 0xff00)) & 0xffff) | (((c & 0xff) << 16) | d << 24);
+    Lanes q[4];
+    LOWBIT_UNROLL for (int i = 0; i < 4; ++i) codes(x + i * plane, q[i]);
+    v = (((q[0] & 0xff) | (q[1] << 8 & 0xff00)) & 0xffff) | (((q[2] & 0xff) << 16) | q[3] << 24);
   } else {
-    Lanes v = {};
-    for (int i = 0; i < channels && i < 4; ++i) v |= (codes(x + i * plane) & 0xff) << (8 * i);
-    return v;
+    v = Lanes{};
+    for (int i = 0; i < channels && i < 4; ++i) {
+      Lanes q;
+      codes(x + i * plane, q);
+      v |= (q & 0xff) << (8 * i);
+    }
   }
 }
 
@@ -96,8 +98,8 @@ template <int Quads, class Codes>
 LOWBIT_INLINE void put_quads(Codes& codes, const float* x, ptrdiff_t plane, int8_t* const* out,
                              ptrdiff_t offset) {
   Lanes v[Quads];
-  LOWBIT_UNROLL for (int q = 0; q < Quads; ++q) v[q] =
-      quad_of_codes<true>(codes, x + 4 * q * plane, plane, 4);
+  LOWBIT_UNROLL for (int q = 0; q < Quads; ++q)
+      quad_of_codes<true>(codes, x + 4 * q * plane, plane, 4, v[q]);
   if constexpr (Quads == kLanes) {
     transpose_square(v);
     LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
@@ -121,8 +123,11 @@ LOWBIT_INLINE void put_quads(Codes& codes, const float* x, ptrdiff_t plane, int8
 template <class Codes>
 LOWBIT_INLINE void put_last(Codes& codes, const float* x, ptrdiff_t plane, int channels, int width,
                             int left, int8_t* const* out, ptrdiff_t offset) {
-  const Lanes v = channels >= 4 ? quad_of_codes<true>(codes, x, plane, 4)
-                                : quad_of_codes<false>(codes, x, plane, channels);
+  Lanes v;
+  if (channels >= 4)
+    quad_of_codes<true>(codes, x, plane, 4, v);
+  else
+    quad_of_codes<false>(codes, x, plane, channels, v);
   int8_t pixels[kLanes][4];
   __builtin_memcpy(pixels, &v, sizeof(v));
   const int safe = width >= 4 ? kLanes : left - 3, whole = safe < kLanes ? safe : kLanes;
