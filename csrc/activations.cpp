@@ -33,10 +33,9 @@ UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax,
                      int64_t n) {
   constexpr UnitScale kNotFinite{kNaN, 0.0f};
   if (activation == Activation::binary) {
-    // A finite sum has finite terms; another one may have overflowed.
-    const float sum = n == 0 ? 0.0f : kernel.abs_sum(x, n);
-    if (!(sum <= FLT_MAX) && kernel.amax_bits(x, n) >= kInfinityBits) return kNotFinite;
-    return {sum / static_cast<float>(std::max<int64_t>(n, 1)), 1.0f};
+    float lanes[kSumLanes] = {};
+    kernel.add_abs(x, n, 0, lanes);
+    return unit_scale(kernel, lanes, x, n);
   }
   if (amax >= kInfinityBits) return kNotFinite;
   float largest;
@@ -45,6 +44,15 @@ UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax,
   // Below the normal range 1 / scale could overflow, and flush-to-zero would change the codes.
   if (!(scale >= FLT_MIN)) return {0.0f, 0.0f};
   return {scale, 1.0f / scale};
+}
+
+UnitScale unit_scale(const Kernel& kernel, float (&lanes)[kSumLanes], const float* x, int64_t n) {
+  for (int width = kSumLanes / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  const float sum = lanes[0];
+  // A finite sum has finite terms; another one may have overflowed.
+  if (!(sum <= FLT_MAX) && kernel.amax_bits(x, n) >= kInfinityBits) return {kNaN, 0.0f};
+  return {sum / static_cast<float>(std::max<int64_t>(n, 1)), 1.0f};
 }
 
 uint32_t encode(const Kernel& kernel, Activation activation, const UnitScale& unit, const float* x,
@@ -67,8 +75,8 @@ uint32_t encode(const Kernel& kernel, Activation activation, const UnitScale& un
 }
 
 uint32_t encode_bits(const Kernel& kernel, const UnitScale& unit, const float* x, int64_t n,
-                     uint32_t* bits) {
-  kernel.binarize_bits(x, n, bits);
+                     uint32_t* bits, float* lanes) {
+  kernel.binarize_bits(x, n, bits, lanes);
   return unit.fixed ? kernel.amax_bits(x, n) : 0;
 }
 

@@ -30,13 +30,18 @@ uint32_t unit_amax(const Kernel& kernel, Activation activation, const float* x, 
 UnitScale unit_scale(const Kernel& kernel, Activation activation, uint32_t amax, const float* x,
                      int64_t n);
 
+// Of a binary unit, of whose |x| `lanes` are the sums (Kernel::add_abs); the lanes are added up.
+inline constexpr int kSumLanes = 16;
+UnitScale unit_scale(const Kernel& kernel, float (&lanes)[kSumLanes], const float* x, int64_t n);
+
 // Codes of a part of a unit; `lo` is written for int16 alone (q is then hi). Returns its largest
 // |x| where the scale is fixed, as its bits, else 0: that was looked at before.
 uint32_t encode(const Kernel& kernel, Activation activation, const UnitScale& unit, const float* x,
                 int64_t n, int8_t* q, int8_t* lo);
 
-// The same as bits, 1 where x < 0.
+// The same as bits, 1 where x < 0. `lanes`: null, or what |x| are added to, see
+// Kernel::binarize_bits.
 uint32_t encode_bits(const Kernel& kernel, const UnitScale& unit, const float* x, int64_t n,
-                     uint32_t* bits);
+                     uint32_t* bits, float* lanes = nullptr);
 
 }  // namespace lowbit

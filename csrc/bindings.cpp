@@ -188,7 +188,6 @@ void call_conv2d(Address x, Address y, const std::vector<int64_t>& geometry, int
                    scale, group_scale, group_zero, bias, epilogue);
   const Activation a = activation_of(activation);
   require(threads >= 1, "threads >= 1 is required");
-  require(x_channels_last || a != Activation::binary, "binary activations need x in NHWC");
   const int64_t inputs = g.batch * g.height * g.width * g.channels;
   require((x != 0 || inputs == 0) &&
               (y != 0 || g.batch * g.out_height * g.out_width * g.out_channels == 0),

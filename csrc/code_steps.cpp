@@ -90,10 +90,9 @@ class Quantize : public CodeStep {
     return largest;
   }
 
-  // Channels first: 16 channels of 64 pixels at a time become codes where they lie, then pixels.
   uint32_t planes_row(const Frame& frame, const float* x, int64_t plane, int64_t y) const {
-    constexpr int64_t kPixels = 64, kChannels = 16;
-    alignas(64) int8_t q[kChannels * kPixels] = {};
+    constexpr int64_t kPixels = 64, kChannels = 64;
+    const PlaneCodes how{inverse_, to_.zero, true};
     int8_t* to[kPixels];
     uint32_t largest = 0;
     for (int64_t at = 0; at < to_.width; at += kPixels) {
@@ -102,10 +101,10 @@ class Quantize : public CodeStep {
       // What is written behind the channels is written again, by those before: from the last ones
       // on.
       for (int64_t c = (to_.channels - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
-        const int64_t channels = std::min(kChannels, to_.channels - c);
-        for (int64_t i = 0; i < channels; ++i)
-          largest = std::max(largest, codes(x + (c + i) * plane + at, count, q + i * kPixels));
-        kernel_.transpose16(q, static_cast<int>(count), static_cast<int>(channels), to, c);
+        const int channels = static_cast<int>(std::min(kChannels, to_.channels - c));
+        largest = std::max(
+            largest, kernel_.encode_planes(how, x + c * plane + at, plane, static_cast<int>(count),
+                                           channels, channels, to, c));
       }
     }
     return largest;

@@ -29,6 +29,8 @@ namespace {
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kPassBytes = int64_t{512} << 10;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
+// Floats of a line of the cache, and so many lines can be shared out evenly.
+constexpr int64_t kLine = 16, kManyLines = 32;
 
 // The weights of one group of a convolution.
 Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& depth,
@@ -98,6 +100,24 @@ class Layer {
            y + group * n, g.out_channels);
   }
 
+  // The same of all channels, to y [out_channels][plane].
+  void run_planes(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane) const {
+    static thread_local Scratch scratch, room_scratch;
+    const Conv2dGeometry& g = geometry_;
+    float* room;
+    room_scratch.cut(piece(room, count * g.out_channels));
+    if (depthwise_ || grouped_) {
+      run(image, first, count, {0, g.out_channels}, room);
+      return kernel_.transpose(count, g.out_channels, room, g.out_channels, y, plane);
+    }
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
+    const int64_t n = g.out_channels / g.groups;
+    for (int64_t group = 0; group < g.groups; ++group)
+      gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
+           columns.fill(image, first, count, group), 0, n,
+           PlaneRows{y + group * n * plane, plane, room});
+  }
+
  private:
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
@@ -128,7 +148,6 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
 
   parallel(threads, [&](int thread, int team) {
-    static thread_local Scratch block_scratch;
     layer.prepare(thread, team);
     images.quantize(x, thread, team);
     if (g.depthwise()) team_barrier(team);
@@ -145,7 +164,10 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
       channels = part(ceil_div(weights.n, kernel.nr), thread, team);
       channels = {channels.begin * kernel.nr, std::min(weights.n, channels.end * kernel.nr)};
     }
-    const int64_t unit = g.depthwise() ? g.out_width : 1;  // pixels that a block cannot divide
+    // Pixels that a block cannot divide: rows, or whole lines of channels first.
+    const bool lines =
+        !g.y_channels_last && pixels % kLine == 0 && pixels >= std::max(kManyLines, blocks) * kLine;
+    const int64_t unit = g.depthwise() ? g.out_width : lines ? kLine : 1;
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
       const Range block = part(pixels / unit, b % blocks, blocks);
@@ -155,10 +177,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
         layer.run(image, first, count, channels, to + first * g.out_channels);
         continue;
       }
-      float* out;
-      block_scratch.cut(piece(out, count * g.out_channels));
-      layer.run(image, first, count, channels, out);
-      kernel.transpose(count, g.out_channels, out, to + first, pixels);
+      layer.run_planes(image, first, count, to + first, pixels);
     }
   });
 }
@@ -175,6 +194,8 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   const int64_t bytes = std::max<int64_t>(in * planes(activation), 1);
   const int64_t images = std::max<int64_t>(kPassBytes / bytes, 1) * std::max(threads, 1);
   Conv2dGeometry pass = g;
+  pass.x_channels_last |= g.height * g.width == 1;
+  pass.y_channels_last |= g.out_height * g.out_width == 1;
   for (int64_t first = 0; first < g.batch; first += images) {
     pass.batch = std::min(images, g.batch - first);
     conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit);

@@ -265,9 +265,8 @@ PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in, const Vie
   if (down < 0 || across < 0) return decline();
   g.out_height = down / g.stride_h + 1;
   g.out_width = across / g.stride_w + 1;
-  // The sum behind binary activations has NHWC's order.
   constexpr int kNhwc[] = {0, 2, 3, 1};
-  g.x_channels_last = !(is_contiguous(in) && self.activation != Activation::binary);
+  g.x_channels_last = !is_contiguous(in);
   if (g.x_channels_last && !is_dense(in, kNhwc)) return decline();
   g.y_channels_last = suggests_channels_last(given);
 

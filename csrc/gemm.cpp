@@ -129,17 +129,17 @@ class Block {
     return count;
   }
 
-  void run(int64_t index, float* y, ptrdiff_t y_pitch) {
-    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
-    const int rows = static_cast<int>(r.end - r.begin);
-    tile_.rows = rows * rows_.planes;
-    set_prefetch(index);
-    tile_.row_scale = rows_.scale + r.begin;
-    if (codes_) return run_codes(r.begin, rows);
-    float* const out = y + r.begin * y_pitch + c0_;
-    if (sums_) return run_in_parts(r.begin, rows, out, y_pitch);
+  // The row behind a tile's last one.
+  int64_t end_of(int64_t index) const { return part(rows_.count, index, tiles_).end; }
 
-    set_operands(r.begin, 0, 0);
+  // y: of the first row and the block's first channel.
+  void run(int64_t index, float* y, ptrdiff_t y_pitch) {
+    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int rows = set_rows(index);
+    float* const out = y + first * y_pitch;
+    if (sums_) return run_in_parts(first, rows, out, y_pitch);
+
+    set_operands(first, 0, 0);
     const bool whole = cols_ % kPanel == 0;
     tile_.y = whole ? out : out_;
     tile_.y_pitch = whole ? y_pitch : kernel_.nr;
@@ -148,8 +148,10 @@ class Block {
     for (int i = 0; i < rows; ++i) std::copy_n(out_ + i * kernel_.nr, cols_, out + i * y_pitch);
   }
 
- private:
-  void run_codes(int64_t first, int rows) {
+  // The same to codes.
+  void run(int64_t index) {
+    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int rows = set_rows(index);
     int8_t* const* const q = codes_->q + first;
     const int8_t* const* const residual = codes_->residual ? codes_->residual + first : nullptr;
     if (in_registers_) {
@@ -170,6 +172,17 @@ class Block {
     }
     kernel_.requantize(*codes_->to, rows, cols_, codes_->first + c0_, out_, kernel_.nr, residual,
                        q);
+  }
+
+ private:
+  // Those of a tile, and how many.
+  int set_rows(int64_t index) {
+    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
+    const int rows = static_cast<int>(r.end - r.begin);
+    tile_.rows = rows * rows_.planes;
+    set_prefetch(index);
+    tile_.row_scale = rows_.scale + r.begin;
+    return rows;
   }
 
   // The block's columns of a float16 matrix [n][groups]; the next block's are fetched.
@@ -289,8 +302,32 @@ void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, cons
   Block block(kernel, weights, depth, rows, nullptr, scratch);
   for (int64_t c = begin; c < end;) {
     const int64_t count = block.set_channels(c, end);
-    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y, y_pitch);
+    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, y + c, y_pitch);
     kernel.apply(weights.epilogue, rows.count, count, y + c, y_pitch);
+    c += count;
+  }
+}
+
+void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+          int64_t begin, int64_t end, const PlaneRows& planes) {
+  constexpr int64_t kSquare = 16, kMost = 64;  // rows that are transposed at once, from L1
+  static thread_local Scratch scratch;
+  Block block(kernel, weights, depth, rows, nullptr, scratch);
+  for (int64_t c = begin; c < end;) {
+    const int64_t count = block.set_channels(c, end);
+    int64_t done = 0;
+    for (int64_t t = 0; t < block.tiles(); ++t) {
+      block.run(t, planes.room, count);
+      const int64_t made = block.end_of(t), left = rows.count - made;
+      int64_t ready = left == 0 ? made : made / kSquare * kSquare;
+      if (rows.count - ready < kSquare) ready -= left == 0 ? 0 : kSquare;  // squares to the end
+      if (ready - done < kMost && left > 0) continue;
+      float* const from = planes.room + done * count;
+      kernel.apply(weights.epilogue, ready - done, count, from, count);
+      kernel.transpose(ready - done, count, from, count, planes.y + c * planes.plane + done,
+                       planes.plane);
+      done = ready;
+    }
     c += count;
   }
 }
@@ -301,7 +338,7 @@ void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, cons
   Block block(kernel, weights, depth, rows, &codes, scratch);
   for (int64_t c = begin; c < end;) {
     const int64_t count = block.set_channels(c, end);
-    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t, nullptr, 0);
+    for (int64_t t = 0; t < block.tiles(); ++t) block.run(t);
     c += count;
   }
 }

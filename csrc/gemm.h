@@ -86,6 +86,15 @@ struct CodeRows {
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, float* y, ptrdiff_t y_pitch);
 
+// Outputs channels first: y[c * plane + r]. `room`: memory for rows.count x the channels.
+struct PlaneRows {
+  float* y;
+  ptrdiff_t plane;
+  float* room;
+};
+void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
+          int64_t begin, int64_t end, const PlaneRows& planes);
+
 // The same as codes. The rows' scales are 1.
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, const CodeRows& codes);

@@ -67,28 +67,30 @@ void Images::quantize(const float* x, int thread, int team) {
   // Images of their own for each thread, or a part of each for all of them.
   const bool own = geometry_.batch % team == 0;
   const Range images = own ? part(geometry_.batch, thread, team) : Range{0, geometry_.batch};
-  const int index = own ? 0 : thread, parts = own ? 1 : team;
-  const auto barrier = [&] { team_barrier(parts); };
-
-  for (int64_t i = images.begin; i < images.end; ++i) {
-    if (!fixed_.fixed) {
-      const Range mine = part(elements_, index, parts);
-      see(i,
-          unit_amax(kernel_, activation_, x + i * elements_ + mine.begin, mine.end - mine.begin));
-      if (own) scale_image(x, i);
+  if (activation_ == Activation::binary && !fixed_.fixed) {
+    for (int64_t i = images.begin; i < images.end; ++i)
+      quantize_binary(x + i * elements_, i, own ? 0 : thread, own ? 1 : team);
+  } else if (own) {
+    for (int64_t i = images.begin; i < images.end; ++i) {
+      if (!fixed_.fixed) {
+        see(i, unit_amax(kernel_, activation_, x + i * elements_, elements_));
+        scale_image(x, i);
+      }
+      encode_rows(x + i * elements_, i, 0, height_, nullptr);
     }
-    if (own) encode_rows(x + i * elements_, i, 0, height_);
-  }
-  if (!own) {
+  } else {
     if (!fixed_.fixed) {
-      barrier();
+      const Range mine = part(elements_, thread, team);
+      for (int64_t i = 0; i < geometry_.batch; ++i)
+        see(i,
+            unit_amax(kernel_, activation_, x + i * elements_ + mine.begin, mine.end - mine.begin));
+      team_barrier(team);
       for (int64_t i = thread; i < geometry_.batch; i += team) scale_image(x, i);
-      barrier();
+      team_barrier(team);
     }
-    for (int64_t i = 0; i < geometry_.batch; ++i) {
-      const Range mine = part(height_, index, parts);
-      encode_rows(x + i * elements_, i, mine.begin, mine.end);
-    }
+    const Range mine = part(height_, thread, team);
+    for (int64_t i = 0; i < geometry_.batch; ++i)
+      encode_rows(x + i * elements_, i, mine.begin, mine.end, nullptr);
   }
   if (mask_) {
     const Range mine = part(height_, thread, team);
@@ -96,6 +98,28 @@ void Images::quantize(const float* x, int thread, int team) {
   }
   // Images of their own are also what threads read afterwards, but for the mask.
   if (!own || mask_) team_barrier(team);
+}
+
+// Signs do not wait for the scale. Its sum is one chain: one of the threads adds it up, and where
+// there are others, they encode.
+void Images::quantize_binary(const float* x, int64_t image, int thread, int team) {
+  const int rank = static_cast<int>((thread + team - image % team) % team);
+  if (rank > 0) {
+    const Range mine = part(height_, rank - 1, team - 1);
+    return encode_rows(x, image, mine.begin, mine.end, nullptr);
+  }
+  float lanes[kSumLanes] = {};
+  if (team == 1)
+    encode_rows(x, image, 0, height_, lanes);
+  else
+    each_run(x, 0, geometry_.height * geometry_.width,
+             [&](const float* run, int64_t first, int64_t count) {
+               const int64_t channels = geometry_.channels;
+               kernel_.add_abs(run, count * channels, first * channels, lanes);
+             });
+  const UnitScale unit = unit_scale(kernel_, lanes, x, elements_);
+  scale_[image] = unit.scale;
+  inverse_[image] = unit.inverse;
 }
 
 void Images::see(int64_t image, uint32_t largest) {
@@ -121,12 +145,43 @@ void Images::mask_row(int64_t y) {
               static_cast<size_t>(geometry_.width * pitch_));
 }
 
-// Rows [begin, end) of the padded image.
-void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end) {
+// call(x, first, count) for runs of the pixels [begin, end), as channels last.
+template <class Call>
+void Images::each_run(const float* x, int64_t begin, int64_t end, Call call) const {
+  constexpr int64_t kFloats = 4096, kSquare = 16;  // a run stays in L1
+  const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
+  const int64_t size = std::max(kFloats / channels / kSquare, int64_t{1}) * kSquare;
+  static thread_local Scratch scratch;
+  float* block = nullptr;
+  if (!geometry_.x_channels_last) scratch.cut(piece(block, (size + kSquare) * channels));
+  for (int64_t at = begin; at < end;) {
+    // No run is much smaller than a square.
+    const int64_t count = end - at < size + kSquare ? end - at : size;
+    if (block) kernel_.transpose(channels, count, x + at, pixels, block, channels);
+    call(block ? block : x + at * channels, at, count);
+    at += count;
+  }
+}
+
+// Rows [begin, end) of the padded image. `lanes`: null, or what |x| are added to.
+void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end, float* lanes) {
   const Conv2dGeometry& g = geometry_;
-  if (!use_bits_ && !g.x_channels_last)
-    encode_planes(x, image, std::max(begin - g.pad_top, int64_t{0}),
-                  std::min(end - g.pad_top, g.height));
+  const Range inside{std::max(begin - g.pad_top, int64_t{0}), std::min(end - g.pad_top, g.height)};
+  const bool by_rows = g.x_channels_last && !lanes;
+  if (!g.x_channels_last && activation_ == Activation::int8)
+    encode_planes(x, image, inside.begin, inside.end);
+  else if (!by_rows)
+    each_run(x, inside.begin * g.width, inside.end * g.width,
+             [&](const float* run, int64_t first, int64_t count) {
+               if (lanes && !sums_with_bits())
+                 kernel_.add_abs(run, count * g.channels, first * g.channels, lanes);
+               for (int64_t i = 0; i < count;) {
+                 const int64_t y = (first + i) / g.width, at = (first + i) % g.width;
+                 const int64_t here = std::min(count - i, g.width - at);
+                 encode_run(run + i * g.channels, image, y + g.pad_top, at, here, lanes);
+                 i += here;
+               }
+             });
   // From the end: what was searched last for the largest is still in the cache.
   for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
@@ -134,10 +189,7 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
       encode_padding(image, y, 0, width_);
       continue;
     }
-    if (use_bits_)
-      encode_bits(x + in * g.width * g.channels, image, y);
-    else if (g.x_channels_last)
-      encode_row(x + in * g.width * g.channels, image, y);
+    if (by_rows) encode_run(x + in * g.width * g.channels, image, y, 0, g.width, nullptr);
     if (g.pad_left > 0) encode_padding(image, y, 0, g.pad_left);
     if (g.pad_left + g.width < width_) encode_padding(image, y, g.pad_left + g.width, width_);
     if (sums_) sum_row(image, y);
@@ -161,29 +213,37 @@ void Images::encode_padding(int64_t image, int64_t y, int64_t begin, int64_t end
   }
 }
 
-void Images::encode_bits(const float* x, int64_t image, int64_t y) {
-  const Conv2dGeometry& g = geometry_;
-  const int64_t count = g.width * g.channels;
-  int64_t width = g.channels / g.groups;
-  if (width % 32 == 0) width = count;  // no pixel ends within a dword: one run
-  auto* out = reinterpret_cast<uint32_t*>(codes(image, 0, y, g.pad_left));
-  for (const float* p = x; p < x + count; p += width, out += ceil_div(width, 32))
-    see(image, lowbit::encode_bits(kernel_, fixed_, p, width, out));
+// Whether no pixel ends within a dword of its bits: a run of pixels is a run of dwords.
+bool Images::sums_with_bits() const {
+  return use_bits_ && geometry_.channels / geometry_.groups % 32 == 0;
 }
 
 UnitScale Images::unit(int64_t image) const {
   return fixed_.fixed ? fixed_ : UnitScale{scale_[image], inverse_[image]};
 }
 
-void Images::encode_row(const float* x, int64_t image, int64_t y) {
+// Pixels [first, first + count) of row y, counted without padding, of channels last. `lanes`: as
+// above; they have the sums of |x| already where bits do not make them.
+void Images::encode_run(const float* x, int64_t image, int64_t y, int64_t first, int64_t count,
+                        float* lanes) {
   const Conv2dGeometry& g = geometry_;
-  const UnitScale unit = this->unit(image);
-  int8_t* const q = codes(image, 0, y, g.pad_left);
-  int8_t* const lo = planes_ == 2 ? codes(image, 1, y, g.pad_left) : nullptr;
-  if (pitch_ == g.channels)
-    return see(image, encode(kernel_, activation_, unit, x, g.width * g.channels, q, lo));
+  int8_t* const q = codes(image, 0, y, g.pad_left + first);
+  const int64_t size = count * g.channels;
+  if (use_bits_) {
+    auto* out = reinterpret_cast<uint32_t*>(q);
+    if (sums_with_bits()) return see(image, encode_bits(kernel_, fixed_, x, size, out, lanes));
+    const int64_t width = g.channels / g.groups;
+    for (const float* p = x; p < x + size; p += width, out += ceil_div(width, 32))
+      see(image, encode_bits(kernel_, fixed_, p, width, out));
+    return;
+  }
+  // Signs do not depend on the scale.
+  const UnitScale unit = activation_ == Activation::binary && !fixed_.fixed ? UnitScale{1.0f, 1.0f}
+                                                                            : this->unit(image);
+  int8_t* const lo = planes_ == 2 ? codes(image, 1, y, g.pad_left + first) : nullptr;
+  if (pitch_ == g.channels) return see(image, encode(kernel_, activation_, unit, x, size, q, lo));
   const auto rest = static_cast<size_t>(pitch_ - g.channels);
-  for (int64_t i = 0; i < g.width; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     see(image, encode(kernel_, activation_, unit, x + i * g.channels, g.channels, q + i * pitch_,
                       lo + i * pitch_));
     std::memset(q + i * pitch_ + g.channels, 0, rest);
@@ -191,37 +251,35 @@ void Images::encode_row(const float* x, int64_t image, int64_t y) {
   }
 }
 
-// Rows [begin, end) of NCHW: 16 channels of 64 pixels at a time are encoded where they lie and
-// transposed as codes.
+// Rows [begin, end) of NCHW: squares of channels and pixels become codes in registers.
 void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t end) {
-  constexpr int kRun = 64, kChannels = 16;
+  constexpr int64_t kRun = 64, kSquare = 16, kChannels = 64;
   const Conv2dGeometry& g = geometry_;
   const int64_t pixels = g.height * g.width;
   const UnitScale unit = this->unit(image);
+  const PlaneCodes how{unit.inverse, unit.zero, unit.fixed};
   uint32_t largest = 0;
-  alignas(64) int8_t q[kChannels * kRun] = {}, lo[kChannels * kRun] = {};
-  int8_t* to[2][kRun];
-  for (int64_t at = begin * g.width; at < end * g.width; at += kRun) {
-    const int count = static_cast<int>(std::min<int64_t>(kRun, end * g.width - at));
-    for (int p = 0; p < planes_; ++p) {
-      int64_t y = at / g.width, x_at = at % g.width;
-      for (int64_t i = 0; i < count; ++i) {
-        to[p][i] = codes(image, p, g.pad_top + y, g.pad_left + x_at);
-        if (++x_at == g.width) ++y, x_at = 0;
+  int8_t* to[kRun];
+  // What is written behind the channels is written again, by those before: from the last ones on.
+  // They are also what was searched last for the largest.
+  for (int64_t c = (pitch_ - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
+    const int channels = static_cast<int>(std::min(kChannels, g.channels - c));
+    const int width = static_cast<int>(std::min(kChannels, pitch_ - c));
+    for (int64_t at = begin * g.width; at < end * g.width;) {
+      // No run is smaller than a square, if it need not be.
+      const int64_t left = end * g.width - at;
+      const int64_t count = left <= kRun ? left : left < kRun + kSquare ? kRun - kSquare : kRun;
+      for (int64_t i = 0; i < count;) {
+        const int64_t y = (at + i) / g.width, first = (at + i) % g.width;
+        const int64_t here = std::min(count - i, g.width - first);
+        int8_t* const q = codes(image, 0, g.pad_top + y, g.pad_left + first);
+        for (int64_t j = 0; j < here; ++j) to[i + j] = q + j * pitch_;
+        i += here;
       }
-    }
-    // What is written behind the channels is written again, by those before: from the last ones on.
-    for (int64_t c = (pitch_ - 1) / kChannels * kChannels; c >= 0; c -= kChannels) {
-      // Up to the pitch: the channels that only pad a pixel get codes of 0.
-      for (int64_t i = 0; i < kChannels; ++i) {
-        if (c + i < g.channels)
-          largest = std::max(largest, encode(kernel_, activation_, unit, x + (c + i) * pixels + at,
-                                             count, q + i * kRun, lo + i * kRun));
-        else if (pitch_ > kChannels)  // else nothing else was there
-          std::memset(q + i * kRun, 0, kRun), std::memset(lo + i * kRun, 0, kRun);
-      }
-      const int width = static_cast<int>(std::min<int64_t>(kChannels, pitch_ - c));
-      for (int p = 0; p < planes_; ++p) kernel_.transpose16(p ? lo : q, count, width, to[p], c);
+      largest =
+          std::max(largest, kernel_.encode_planes(how, x + c * pixels + at, pixels,
+                                                  static_cast<int>(count), channels, width, to, c));
+      at += count;
     }
   }
   see(image, largest);

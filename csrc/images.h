@@ -66,10 +66,14 @@ class Images {
   void scale_image(const float* x, int64_t image);
   UnitScale unit(int64_t image) const;
   void mask_row(int64_t y);
-  void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end);
+  void quantize_binary(const float* x, int64_t image, int thread, int team);
+  template <class Call>
+  void each_run(const float* x, int64_t begin, int64_t end, Call call) const;
+  void encode_rows(const float* x, int64_t image, int64_t begin, int64_t end, float* lanes);
   void encode_padding(int64_t image, int64_t y, int64_t begin, int64_t end);
-  void encode_bits(const float* x, int64_t image, int64_t y);
-  void encode_row(const float* x, int64_t image, int64_t y);
+  bool sums_with_bits() const;
+  void encode_run(const float* x, int64_t image, int64_t y, int64_t first, int64_t count,
+                  float* lanes);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
   void sum_row(int64_t image, int64_t y);
 

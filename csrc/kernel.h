@@ -128,6 +128,13 @@ struct GroupedTile {
   int8_t* q;
 };
 
+// How floats become codes: quantize8, or saturate8 (with a zero point).
+struct PlaneCodes {
+  float inverse;
+  int zero;
+  bool saturates;
+};
+
 struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
@@ -160,8 +167,9 @@ struct Kernel {
 
   // Activations.
   uint32_t (*amax_bits)(const float* x,
-                        int64_t n);             // largest |x| as an IEEE pattern; NaN is largest
-  float (*abs_sum)(const float* x, int64_t n);  // in 16 strided lanes, added pairwise
+                        int64_t n);  // largest |x| as an IEEE pattern; NaN is largest
+  // Adds |x| to 16 strided lanes, the first to lane at % 16: element by element, in order.
+  void (*add_abs)(const float* x, int64_t n, int64_t at, float* lanes);
   void (*quantize8)(const float* x, int64_t n, float inverse_scale, int8_t* q);
   void (*quantize16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
   // With a scale that does not depend on x: codes are saturated. They return the largest |x| as
@@ -169,8 +177,8 @@ struct Kernel {
   uint32_t (*saturate8)(const float* x, int64_t n, float inverse_scale, int zero, int8_t* q);
   uint32_t (*saturate16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
-  void (*binarize_bits)(const float* x, int64_t n,
-                        uint32_t* bits);  // 1 where x < 0; the rest of a dword 0
+  // 1 where x < 0; the rest of a dword 0. Unless `lanes` is null, add_abs at 0 as well.
+  void (*binarize_bits)(const float* x, int64_t n, uint32_t* bits, float* lanes);
   // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
   void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
   // out[r] = sum of the k codes of row r.
@@ -179,11 +187,13 @@ struct Kernel {
   // segments[s]. Up to 63 bytes more are read and written after each.
   void (*gather)(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t* segments,
                  int64_t segment_count, int64_t bytes, int8_t* to, ptrdiff_t pitch);
-  // out[i][offset + c] = rows[c * 64 + i] for i < count <= 64, c < channels <= 16: channels first
-  // to channels last. Up to 15 bytes more are written, but not behind the last pixel's; those of a
-  // pixel are written before those of the next.
-  void (*transpose16)(const int8_t* rows, int count, int channels, int8_t* const* out,
-                      ptrdiff_t offset);
+  // Codes of channels first to channels last: out[i][offset + c] is that of x[c * plane + i], for i
+  // < count, c < channels <= 64, and 0 for channels <= c < width <= 64. Where the width is no
+  // multiple of 4, up to 3 bytes more are written, but not behind the last pixel's; those of a
+  // pixel are written before those of the next. Returns the largest |x| as amax_bits does where
+  // codes saturate, else 0.
+  uint32_t (*encode_planes)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int count,
+                            int channels, int width, int8_t* const* out, ptrdiff_t offset);
 
   // Epilogue where a tile's sums are not its output, on `rows` x nr.
   void (*to_float)(int rows, const int32_t* sums, float* f);
@@ -196,8 +206,9 @@ struct Kernel {
   void (*finish)(int rows, int cols, const float* f, const float* row_scale, const float* scale,
                  const float* bias, float* y, ptrdiff_t y_pitch);
   void (*apply)(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_pitch);
-  // y[c * y_pitch + r] = x[r * cols + c]: a block of pixels to channels first
-  void (*transpose)(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch);
+  // y[c * y_pitch + r] = x[r * x_pitch + c]: pixels to channels first, or back
+  void (*transpose)(int64_t rows, int64_t cols, const float* x, ptrdiff_t x_pitch, float* y,
+                    ptrdiff_t y_pitch);
   // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are
   // zeroed
   void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);

@@ -56,18 +56,21 @@ struct RowBuffers {
 
 void quantize_row(const Kernel& kernel, Activation activation, const UnitScale& fixed,
                   const Depth& depth, const float* x, int64_t k, int64_t row, RowBuffers& out) {
-  const UnitScale unit =
-      fixed.fixed ? fixed
-                  : unit_scale(kernel, activation, unit_amax(kernel, activation, x, k), x, k);
   const int count = planes(activation);
   int32_t* sums = out.sums + row * count * depth.chunks();
   if (out.bits) {
-    out.scale[row] = scale_of(unit, encode_bits(kernel, unit, x, k, out.bits + row * out.pitch));
+    uint32_t* const bits = out.bits + row * out.pitch;
+    float lanes[kSumLanes] = {};
+    const uint32_t seen = encode_bits(kernel, fixed, x, k, bits, fixed.fixed ? nullptr : lanes);
+    out.scale[row] = fixed.fixed ? scale_of(fixed, seen) : unit_scale(kernel, lanes, x, k).scale;
     for (int64_t i = 0; i < depth.chunks(); ++i)  // how many count
       sums[i] = static_cast<int32_t>(
           depth.chunk(i / depth.chunks_per_group, i % depth.chunks_per_group).size);
     return;
   }
+  const UnitScale unit =
+      fixed.fixed ? fixed
+                  : unit_scale(kernel, activation, unit_amax(kernel, activation, x, k), x, k);
   int8_t* q = out.codes + row * count * out.pitch;
   out.scale[row] = scale_of(unit, encode(kernel, activation, unit, x, k, q, q + out.pitch));
   for (int p = 0; p < count; ++p, q += out.pitch) {

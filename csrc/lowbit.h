@@ -65,8 +65,7 @@ int64_t tap_channels(Format format, int64_t channels_per_group);
 int64_t conv2d_depth(Format format, const Conv2dGeometry& geometry);
 
 // Scale of the activations: one an image, or `fixed` as above. weights.k = conv2d_depth(). The
-// weights are packed as geometry.blocks() matrices, one after the other. Binary activations want x
-// in NHWC: the order of their sum.
+// weights are packed as geometry.blocks() matrices, one after the other.
 void conv2d(const float* x, const Conv2dGeometry& geometry, const Weights& weights,
             Activation activation, float* y, int threads, const StaticActivation* fixed = nullptr);
 

@@ -42,7 +42,7 @@ void put_floats(const Kernel& kernel, const Frame& frame, int64_t port, int64_t 
     std::fill_n(y, count * channels, std::numeric_limits<float>::quiet_NaN());
   float* const to = frame.outputs[port].data + frame.image * pixels * channels;
   if (!frame.outputs[port].channels_last && pixels > 1)
-    return kernel.transpose(count, channels, y, to + first, pixels);
+    return kernel.transpose(count, channels, y, channels, to + first, pixels);
   std::copy_n(y, count * channels, to + first * channels);
 }
 

@@ -122,8 +122,7 @@ def conv2d_direct(
     if dtype is not _float32:
         check_tensor(x, w.owner)
         x = x.to(_float32)
-    # The kernel takes both memory formats; the sum behind binary activations has NHWC's order.
-    nchw = x.is_contiguous() and w.activation != "binary" and not x.is_neg()
+    nchw = x.is_contiguous() and not x.is_neg()  # the kernel takes both memory formats
     if not nchw and (not x.is_contiguous(memory_format=torch.channels_last) or x.is_neg()):
         x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     n, c, h, wd = shape

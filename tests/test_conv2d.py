@@ -131,13 +131,9 @@ def check(kernel, conv, *args, call=None, **kwargs):
     assert_same_bits(actual, expected)
 
 
-def memory_formats(activation: str) -> list[dict]:
-    """Arguments for every memory format; binary activations are read in the order (h, w, c)."""
-    return [
-        {"x_channels_last": x, "y_channels_last": y}
-        for x in ((True,) if activation == "binary" else (True, False))
-        for y in (True, False)
-    ]
+MEMORY_FORMATS = [
+    {"x_channels_last": x, "y_channels_last": y} for x in (True, False) for y in (True, False)
+]
 
 
 def check_images(kernel, conv, x, weights):
@@ -150,7 +146,7 @@ def check_images(kernel, conv, x, weights):
 
 @pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
 def test_shapes(kernel, conv):
-    for memory_format in memory_formats(kernel.activation):
+    for memory_format in MEMORY_FORMATS:
         check(kernel, conv, call=memory_format)
     check(kernel, conv, bias=False, call={"threads": 3})
 
@@ -177,7 +173,7 @@ def test_row_counts(kernel, width):
 def test_threads(kernel):
     for name in ("dense-large", "first", "depthwise-wide", "grouped-ragged", "pointwise"):
         for threads in (2, 5):
-            for memory_format in memory_formats(kernel.activation):
+            for memory_format in MEMORY_FORMATS:
                 check(kernel, CONVS[name], call={"threads": threads, **memory_format})
 
 
@@ -217,7 +213,7 @@ def test_any_geometry(isa, data):
     zeros, bias = draw(st.booleans()), draw(st.booleans())
     weights = random_weights(rng, fmt, conv.weight_shape, group_size, zeros, bias, kind)
     x = rng.normal(size=(conv.batch, *conv.size, channels)).astype(np.float32)
-    call = {"threads": draw(st.integers(1, 3)), **draw(st.sampled_from(memory_formats(activation)))}
+    call = {"threads": draw(st.integers(1, 3)), **draw(st.sampled_from(MEMORY_FORMATS))}
     expected = oracle.conv2d(x, *weights.astuple(), activation, **conv.geometry)
     assert_same_bits(core_conv2d(x, weights, activation, **conv.geometry, **call), expected)
 
@@ -286,7 +282,7 @@ def test_special_images_beside_ordinary_ones(kernel, name):
     geometry = CONVS[name].geometry
     for group_size in (None, 64):
         x, weights, expected = special_case(kernel.fmt, kernel.activation, name, group_size)
-        for memory_format in memory_formats(kernel.activation):
+        for memory_format in MEMORY_FORMATS:
             y = core_conv2d(x, weights, kernel.activation, **geometry, **memory_format)
             assert_same_bits(y, expected)
     # What a user is promised, said without the oracle.
@@ -340,14 +336,6 @@ def deep_weights(fmt, channels):
     weights = random_weights(np.random.default_rng(0), fmt, (3, 1, 1, channels))
     weights.codes[0], weights.codes[1] = 0, oracle.FORMATS[fmt].max_code
     return weights
-
-
-def test_binary_activations_are_read_in_nhwc_alone():
-    """Their scale is a float sum in the order (h, w, c)."""
-    conv = CONVS["dense"]
-    x, weights, _ = case("binary", "binary", conv)
-    with pytest.raises(ValueError, match="NHWC"):
-        core_conv2d(x, weights, "binary", **conv.geometry, x_channels_last=False)
 
 
 # --- arguments -----------------------------------------------------------------------------------

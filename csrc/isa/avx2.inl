@@ -32,6 +32,22 @@ inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_
 inline FloatReg float_add(FloatReg a, FloatReg b) { return _mm256_add_ps(a, b); }
 inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm256_max_ps(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm256_min_ps(a, b); }
+inline FloatReg float_quads(const float* p, ptrdiff_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+inline FloatReg zip_low(FloatReg a, FloatReg b) { return _mm256_unpacklo_ps(a, b); }
+inline FloatReg zip_high(FloatReg a, FloatReg b) { return _mm256_unpackhi_ps(a, b); }
+inline FloatReg pair_low(FloatReg a, FloatReg b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline FloatReg pair_high(FloatReg a, FloatReg b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline FloatReg magnitude(FloatReg v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+inline uint32_t negative(FloatReg v) {
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NGE_UQ)));
+}
 inline Reg nearest(FloatReg v) { return _mm256_cvtps_epi32(v); }
 inline void store_codes(int8_t* p, Reg v) {
   const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -35,6 +35,24 @@ inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_
 inline FloatReg float_add(FloatReg a, FloatReg b) { return _mm512_add_ps(a, b); }
 inline FloatReg float_max(FloatReg a, FloatReg b) { return _mm512_max_ps(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return _mm512_min_ps(a, b); }
+inline FloatReg float_quads(const float* p, ptrdiff_t stride) {
+  const __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  const __m512 low = _mm512_insertf32x4(v, _mm_loadu_ps(p + stride), 1);
+  const __m512 most = _mm512_insertf32x4(low, _mm_loadu_ps(p + 2 * stride), 2);
+  return _mm512_insertf32x4(most, _mm_loadu_ps(p + 3 * stride), 3);
+}
+inline FloatReg zip_low(FloatReg a, FloatReg b) { return _mm512_unpacklo_ps(a, b); }
+inline FloatReg zip_high(FloatReg a, FloatReg b) { return _mm512_unpackhi_ps(a, b); }
+inline FloatReg pair_low(FloatReg a, FloatReg b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline FloatReg pair_high(FloatReg a, FloatReg b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline FloatReg magnitude(FloatReg v) { return _mm512_abs_ps(v); }
+inline uint32_t negative(FloatReg v) {
+  return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGE_UQ);
+}
 inline Reg nearest(FloatReg v) { return _mm512_cvtps_epi32(v); }
 inline void store_codes(int8_t* p, Reg v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));

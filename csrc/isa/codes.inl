@@ -1,5 +1,4 @@
-// Codes of activations: their sums, and how they get from one order to another. Part of
-// microkernel.inl.
+// Codes of activations: their sums, receptive fields. Part of microkernel.inl.
 
 // lanes[i] = q[4i] + .. + q[4i + 3], for n codes and zeros up to a multiple of 64.
 inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
@@ -126,54 +125,4 @@ void gather(const int8_t* from, ptrdiff_t stride, int64_t count, const ptrdiff_t
                    : bytes <= 64 ? gather_rows<64, true>
                                  : gather_rows<64, false>;
   run(from, stride, count, segments, segment_count, bytes, to, pitch);
-}
-
-// Bytes of n of `left` pixels to where they belong: more than the channels, since what comes next
-// is written later; but nothing follows the last ones.
-template <int Bytes>
-LOWBIT_INLINE void put_pixels(const int8_t (&pixels)[16][Bytes], int n, int left, int channels,
-                              int8_t* const* out, ptrdiff_t offset) {
-  const int safe = left - (Bytes + channels - 1) / channels;
-  const int whole = safe < 0 ? 0 : safe < n ? safe : n;
-  for (int j = 0; j < whole; ++j) __builtin_memcpy(out[j] + offset, pixels[j], Bytes);
-  for (int j = whole; j < n; ++j)
-    for (int c = 0; c < channels; ++c) out[j][offset + c] = pixels[j][c];
-}
-
-// 16 pixels at a time: the channels of a pixel by four, then its four dwords together.
-void transpose16(const int8_t* rows, int count, int channels, int8_t* const* out,
-                 ptrdiff_t offset) {
-  for (int i = 0; i < count; i += 16, out += 16) {
-    const int n = count - i < 16 ? count - i : 16;
-    const auto quad = [&](int q, Reg(&v)[kRegs]) __attribute__((always_inline)) {
-      const int8_t* from = rows + 4 * q * 64 + i;
-      interleave(from, from + 64, from + 128, from + 192, v);
-    };
-    if (channels <= 4) {
-      alignas(kVectorBytes) int8_t pixels[16][4];
-      Reg v[kRegs];
-      quad(0, v);
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-          store(reinterpret_cast<int32_t*>(pixels[r * kLanes]), v[r]);
-      put_pixels(pixels, n, count - i, channels, out, offset);
-      continue;
-    }
-    alignas(kVectorBytes) int8_t pixels[16][16];
-    Lanes v[4][kRegs];
-    LOWBIT_UNROLL for (int q = 0; q < 4; ++q) {
-      Reg four[kRegs];
-      quad(q, four);
-      LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r)
-          store(reinterpret_cast<int32_t*>(&v[q][r]), four[r]);
-    }
-    LOWBIT_UNROLL for (int r = 0; r < kRegs; ++r) {
-      Lanes even[2], odd[2], all[4];
-      zip(v[0][r], v[2][r], even[0], even[1]);
-      zip(v[1][r], v[3][r], odd[0], odd[1]);
-      zip(even[0], odd[0], all[0], all[1]);
-      zip(even[1], odd[1], all[2], all[3]);
-      __builtin_memcpy(pixels[r * kLanes], all, sizeof(all));
-    }
-    put_pixels(pixels, n, count - i, channels, out, offset);
-  }
 }

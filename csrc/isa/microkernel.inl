@@ -18,6 +18,11 @@
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
 //   multiply(a, b) float_add(a, b) fmadd(a, b, c) opaque_float(v)
 //   float_max(a, b) float_min(a, b): b where a is NaN
+//   float_quads(p, stride)  4 floats of every `stride`
+//   zip_low(a, b) zip_high(a, b) pair_low(a, b) pair_high(a, b): in quarters of 4 lanes, the low or
+//                           high half of both, lanes or pairs of them in turn
+//   magnitude(v)            |v|
+//   negative(v)             bit i: whether lane i is not >= 0
 //   nearest(v)              to int32, halves to even
 //   store_codes(p, v) load_codes(p)   a byte a lane, signed; stored saturated
 //

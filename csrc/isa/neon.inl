@@ -35,6 +35,20 @@ inline FloatReg fmadd(FloatReg a, FloatReg b, FloatReg c) { return vfmaq_f32(c, 
 inline FloatReg float_add(FloatReg a, FloatReg b) { return vaddq_f32(a, b); }
 inline FloatReg float_max(FloatReg a, FloatReg b) { return vmaxnmq_f32(a, b); }
 inline FloatReg float_min(FloatReg a, FloatReg b) { return vminnmq_f32(a, b); }
+inline FloatReg float_quads(const float* p, ptrdiff_t) { return vld1q_f32(p); }
+inline FloatReg zip_low(FloatReg a, FloatReg b) { return vzip1q_f32(a, b); }
+inline FloatReg zip_high(FloatReg a, FloatReg b) { return vzip2q_f32(a, b); }
+inline FloatReg pair_low(FloatReg a, FloatReg b) {
+  return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+inline FloatReg pair_high(FloatReg a, FloatReg b) {
+  return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+inline FloatReg magnitude(FloatReg v) { return vabsq_f32(v); }
+inline uint32_t negative(FloatReg v) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(bits, vcgezq_f32(v)));
+}
 inline Reg nearest(FloatReg v) { return vcvtnq_s32_f32(v); }
 inline void store_codes(int8_t* p, Reg v) {
   const int16x4_t shorts = vqmovn_s32(v);

@@ -34,13 +34,19 @@ inline float sum_lanes(float (&lane)[16]) {
   return lane[0];
 }
 
-float abs_sum(const float* x, int64_t n) {
-  float lane[16] = {};
+inline float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
+void add_abs(const float* x, int64_t n, int64_t at, float* lanes) {
   int64_t i = 0;
+  for (; i < n && (at + i) % 16; ++i) lanes[(at + i) % 16] += absolute(x[i]);
+  // Registers: an array of floats would go through memory at each addition.
+  FloatReg lane[16 / kLanes];
+  LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) lane[j] = float_load(lanes + j * kLanes);
   for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 16; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
-  for (int j = 0; i + j < n; ++j) lane[j] += float_of(bits_of(x[i + j]) & 0x7fffffffu);
-  return sum_lanes(lane);
+    LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) lane[j] =
+        float_add(lane[j], magnitude(float_load(x + i + j * kLanes)));
+  LOWBIT_UNROLL for (int j = 0; j < 16 / kLanes; ++j) float_store(lanes + j * kLanes, lane[j]);
+  for (int j = 0; i + j < n; ++j) lanes[j] += absolute(x[i + j]);
 }
 
 void fit(const float* x, const float* mask, int64_t n, float scale, float low, float high,
@@ -132,19 +138,46 @@ inline uint32_t unshuffle(uint32_t x) {
   return x ^ t ^ (t << 8);
 }
 
-inline uint32_t sign_bits(const float* x, int count) {
+// Sign bits of 32 floats, the first one's lowest; with Sum, |x| is added to `lane`.
+template <bool Sum>
+LOWBIT_INLINE uint32_t sign_bits(const float* x, FloatReg (&lane)[16 / kLanes]) {
   uint32_t word = 0;
-  for (int k = 0; k < count; ++k) word |= x[k] >= 0.0f ? 0u : 1u << k;
+  LOWBIT_UNROLL for (int k = 0; k < 32; k += kLanes) {
+    const FloatReg v = float_load(x + k);
+    word |= negative(v) << k;
+    if constexpr (Sum) {
+      FloatReg& sum = lane[k / kLanes % (16 / kLanes)];
+      sum = float_add(sum, magnitude(v));
+    }
+  }
   return word;
+}
+
+template <bool Sum>
+LOWBIT_INLINE void sign_words(const float* x, int64_t words, uint32_t* bits, float* lanes) {
+  FloatReg lane[16 / kLanes];
+  if constexpr (Sum)
+    LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i) lane[i] = float_load(lanes + i * kLanes);
+  for (int64_t w = 0; w < words; ++w) bits[w] = sign_bits<Sum>(x + 32 * w, lane);
+  if constexpr (Sum)
+    LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i) float_store(lanes + i * kLanes, lane[i]);
 }
 
 // 1 where x < 0. Bit 8j + p of a dword is k = 4p + j, as in the W1 layout: k with its two low bits
 // in front. In two passes, so that the second is vectorized over words.
-void binarize_bits(const float* x, int64_t n, uint32_t* bits) {
-  const int64_t words = (n + 31) / 32;
-  for (int64_t w = 0; w < n / 32; ++w) bits[w] = sign_bits(x + 32 * w, 32);
-  if (n % 32) bits[words - 1] = sign_bits(x + n / 32 * 32, static_cast<int>(n % 32));
-  for (int64_t w = 0; w < words; ++w) bits[w] = unshuffle(unshuffle(bits[w]));
+void binarize_bits(const float* x, int64_t n, uint32_t* bits, float* lanes) {
+  const int64_t words = n / 32, rest = n % 32;
+  if (lanes)
+    sign_words<true>(x, words, bits, lanes);
+  else
+    sign_words<false>(x, words, bits, lanes);
+  if (rest) {
+    uint32_t word = 0;
+    for (int64_t k = 0; k < rest; ++k) word |= x[32 * words + k] >= 0.0f ? 0u : 1u << k;
+    bits[words] = word;
+    if (lanes) add_abs(x + 32 * words, rest, 0, lanes);
+  }
+  for (int64_t w = 0; w < words + (rest > 0); ++w) bits[w] = unshuffle(unshuffle(bits[w]));
 }
 
 void to_float(int rows, const int32_t* sums, float* f) {
@@ -208,28 +241,6 @@ void apply(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_
   }
 }
 
-using Floats = float __attribute__((vector_size(kLanes * 4)));
-
-// In squares, in registers; the last ones of an edge overlap those before.
-void transpose(int64_t rows, int64_t cols, const float* x, float* y, ptrdiff_t y_pitch) {
-  if (rows < kLanes || cols < kLanes) {
-    for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) y[c * y_pitch + r] = x[r * cols + c];
-    return;
-  }
-  const auto edge = [](int64_t at, int64_t end) { return at + kLanes <= end ? at : end - kLanes; };
-  for (int64_t c = 0; c < cols; c += kLanes)  // columns of y's memory one after the other
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t r0 = edge(r, rows), c0 = edge(c, cols);
-      Floats v[kLanes];
-      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
-          __builtin_memcpy(&v[i], x + (r0 + i) * cols + c0, sizeof(Floats));
-      transpose_square(v);
-      LOWBIT_UNROLL for (int i = 0; i < kLanes; ++i)
-          __builtin_memcpy(y + (c0 + i) * y_pitch + r0, &v[i], sizeof(Floats));
-    }
-}
-
 using Halves = uint16_t __attribute__((vector_size(16)));
 
 inline void transpose_halves(const uint16_t* src, int64_t pitch, uint16_t* dst, int64_t dst_pitch) {
@@ -269,4 +280,5 @@ uint64_t read_all(const void* p, int64_t bytes) {
   return total;
 }
 
+#include "planes.inl"
 #include "requantize.inl"

@@ -91,6 +91,34 @@ inline FloatReg float_min(const FloatReg& a, const FloatReg& b) {
   for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
   return out;
 }
+inline FloatReg float_quads(const float* p, ptrdiff_t stride) {
+  FloatReg v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = p[i / 4 * stride + i % 4];
+  return v;
+}
+// Of each quarter: lane a[From], b[From], then the next of both; pairs of lanes likewise.
+template <int From, int Size>
+inline FloatReg deal(const FloatReg& a, const FloatReg& b) {
+  FloatReg v;
+  for (int i = 0; i < 16; ++i)
+    v.lane[i] =
+        (i / Size % 2 ? b : a).lane[i / 4 * 4 + From + i % 4 / (2 * Size) * Size + i % Size];
+  return v;
+}
+inline FloatReg zip_low(const FloatReg& a, const FloatReg& b) { return deal<0, 1>(a, b); }
+inline FloatReg zip_high(const FloatReg& a, const FloatReg& b) { return deal<2, 1>(a, b); }
+inline FloatReg pair_low(const FloatReg& a, const FloatReg& b) { return deal<0, 2>(a, b); }
+inline FloatReg pair_high(const FloatReg& a, const FloatReg& b) { return deal<2, 2>(a, b); }
+inline FloatReg magnitude(const FloatReg& v) {
+  FloatReg out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = __builtin_fabsf(v.lane[i]);
+  return out;
+}
+inline uint32_t negative(const FloatReg& v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= v.lane[i] >= 0.0f ? 0u : 1u << i;
+  return bits;
+}
 // Of |v| < 2^22, by adding 1.5 * 2^23.
 inline Reg nearest(const FloatReg& v) {
   Reg out;

@@ -43,7 +43,7 @@ std::vector<uint8_t> conv_codes(Lcg& draw, Format format, const Conv2dGeometry& 
 }
 
 void check(Lcg& draw, Format format, Activation activation, Conv2dGeometry g) {
-  g.x_channels_last = activation == Activation::binary || draw.one_in(2);
+  g.x_channels_last = draw.one_in(2);
   g.y_channels_last = draw.one_in(2);
   const Groups groups = draw.pick(kAllGroups);
   const Edge edge = draw.one_in(2) ? Edge::kBegin : Edge::kEnd;
