@@ -100,15 +100,22 @@ struct Chains {
 
 constexpr int power_of_two(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1; }
 
+// Chains of a group that is combined in registers: more cost more to add up than they save.
+constexpr int kGroupChains = 4;
+
 template <int B, int S>
 struct Dot {
   static void run(const Tile& t) { run_tile<Dot>(t); }
 
-  template <int MR, int NP>
-  static void panels(const Tile& t, int panel) {
-    constexpr int V = NP * kRegs;
-    using Sums = Chains<B, S, MR, V, power_of_two(kChainSums / (MR * V))>;
-    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+  // Adds the products of so many steps to sums.
+  template <int MR, int NP, int C>
+  struct Loop {
+    static constexpr int V = NP * kRegs;
+    using Sums = Chains<B, S, MR, V, C>;
+    const Tile& t;
+    const int panel;
+
+    LOWBIT_INLINE void operator()(int64_t first, int64_t steps, Reg (&out)[MR][V]) const {
       const int8_t* a = t.codes;
       const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
       const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
@@ -135,7 +142,14 @@ struct Dot {
       if constexpr (Sums::U > 1)
         for (; s < end; ++s) step(s, IntConstant<0>{});
       sums.total(out);
-    });
+    }
+  };
+
+  template <int MR, int NP>
+  static void panels(const Tile& t, int panel) {
+    constexpr int V = NP * kRegs, C = power_of_two(kChainSums / (MR * V));
+    constexpr int kFew = C < kGroupChains ? C : kGroupChains;
+    sum_groups<MR, V>(t, panel, Loop<MR, NP, C>{t, panel}, Loop<MR, NP, kFew>{t, panel});
   }
 };
 

@@ -157,13 +157,13 @@ LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Loop loop) {
 }
 
 // loop(first, steps, sums) adds a group's products to sums, which start at the offset. With
-// Combine, short groups are combined in registers.
-template <int MR, int V, bool Combine = true, class Loop>
-LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
+// Combine, short groups are combined in registers, and `combined` is called for them.
+template <int MR, int V, bool Combine = true, class Loop, class Combined>
+LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop, Combined combined) {
   if (!t.sums && !t.requantize) fetch_output<MR, V>(t, panel);
   if constexpr (Combine && MR * V <= kGroupSums) {
     if (t.group_scale && !t.group_zero && !t.sums && t.planes == 1)
-      return combine_groups<MR, V>(t, panel, loop);
+      return combine_groups<MR, V>(t, panel, combined);
   }
   alignas(kVectorBytes) float room[MR * V * kLanes];
   // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
@@ -201,4 +201,9 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
   } else {
     finish_stored<MR, V>(t, panel, f);
   }
+}
+
+template <int MR, int V, bool Combine = true, class Loop>
+LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
+  sum_groups<MR, V, Combine>(t, panel, loop, loop);
 }
