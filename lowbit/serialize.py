@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit import rules
+from lowbit.carried import carried_state, carry_over
 from lowbit.container import File, FileFormatError, read_file, write_file
 from lowbit.convert import (
-    carried_state,
-    carry_over,
     child_slots,
     name_layer,
     run_converted_encoder_layers,

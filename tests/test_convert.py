@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from models import Net, assert_same_state, relative_error, row, schemes, state
@@ -265,61 +263,7 @@ def test_layers_tied_to_each_other_hold_one_packed_weight():
     assert torch.equal(other[0].weight_packed, first.weight_packed)
 
 
-# --- Hooks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_hooks_move_to_the_lowbit_layer(in_place):
-    calls = []
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-
-    def pre(module, args, kwargs):
-        calls.append(("pre", type(module)))
-        return (2 * args[0],), kwargs
-
-    def post(module, args, output):
-        calls.append(("post", type(module)))
-        return output + 1
-
-    handles = [
-        model[0].register_forward_pre_hook(pre, with_kwargs=True),
-        model[0].register_forward_hook(post),
-    ]
-    x = torch.randn(2, 32)
-    plain = lowbit.quantize(nn.Sequential(copy.deepcopy(model[1])), "w8a8")
-    quantized = model
-    if in_place:
-        lowbit.quantize_(model, "w8a8")
-    else:
-        quantized = lowbit.quantize(model, "w8a8")
-    calls.clear()
-    hidden = quantized[0](x)
-    assert calls == [("pre", lowbit.nn.Linear), ("post", lowbit.nn.Linear)]
-    assert row(quantized, "0").note == "hooks carried over: 2"
-    assert torch.equal(quantized[1](hidden), plain[0](hidden))
-
-    calls.clear()
-    for handle in handles:
-        handle.remove()
-    quantized[0](x)
-    assert len(calls) == (0 if in_place else 2)  # the copy has hooks of its own
-
-
-def test_a_hook_bound_to_a_module_of_the_model_follows_the_copy():
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(32, 32)
-            self.calls = 0
-            self.fc.register_forward_hook(self.count)
-
-        def count(self, *_):
-            self.calls += 1
-
-    model = Counter()
-    quantized = lowbit.quantize(model, "w4a8")
-    quantized.fc(torch.randn(1, 32))
-    assert (model.calls, quantized.calls) == (0, 1)
+# --- Calibration data ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("convert", [lowbit.quantize, lowbit.quantize_])

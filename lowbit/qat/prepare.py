@@ -10,9 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import rules
+from lowbit.carried import carried_state, carry_over
 from lowbit.convert import (
-    carried_state,
-    carry_over,
     child_slots,
     name_layer,
     run_converted_encoder_layers,

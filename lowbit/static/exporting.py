@@ -136,7 +136,11 @@ def _check_batches(model: nn.Module, graph: fx.GraphModule, inputs: Any) -> None
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
+        if a.shape != b.shape or not a.is_floating_point() or not a.numel():
+            return torch.equal(a, b)
+        # Sums in another order: torch runs attention by other operators than it exports.
+        most = float(a.nan_to_num(0, 0, 0).abs().max())
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * most, equal_nan=True)
     return bool(a == b)
 
 

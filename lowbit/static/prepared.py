@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from lowbit import observers, rules
 from lowbit.baselines import eval_mode
 from lowbit.calibration.prepared import Learned, ObserverModule, detach, learned
-from lowbit.convert import carried_state, carry_over, name_layer
+from lowbit.carried import carried_state, carry_over
+from lowbit.convert import name_layer
 from lowbit.nn import Conv2d
 from lowbit.nn.base import QuantizedLayer
 from lowbit.observers import Affine
