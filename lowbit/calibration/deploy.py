@@ -9,6 +9,7 @@ from torch import nn
 from lowbit import qat
 from lowbit.calibration.prepared import Learned, detach, learned
 from lowbit.convert import convert_in_place, converted_copy
+from lowbit.errors import check_model
 from lowbit.plan import Plan, plan_fusion, plan_layers
 from lowbit.report import entry_of
 from lowbit.schemes import Scheme
@@ -34,8 +35,10 @@ def convert(prepared: nn.Module) -> nn.Module:
         prepared: untouched; can be calibrated or trained further, and converted again.
 
     Raises:
+        TypeError: `prepared` is no `nn.Module`.
         ValueError: the model is not prepared, or no calibration data was seen.
     """
+    check_model(prepared)
     if any(isinstance(module, qat.QATLayer) for module in prepared.modules()):
         return qat.convert(prepared)
     return calibrated_copy(prepared).eval()

@@ -18,6 +18,7 @@ from lowbit.calibration.prepared import (
     preparation_of,
 )
 from lowbit.convert import child_slots, run_converted_encoder_layers
+from lowbit.errors import check_model
 from lowbit.fuse import folded_layer
 from lowbit.plan import Filter, Job, Overrides, Plan, SchemeLike, make_plan
 from lowbit.qat import QATLayer
@@ -66,9 +67,11 @@ def prepare(
         The copy, in the modes (training, eval) of the model.
 
     Raises:
+        TypeError: `model` is no `nn.Module`.
         ValueError: as `lowbit.quantize`; the model is prepared already; no layer's scheme is
             static; an unknown observer.
     """
+    check_model(model)
     kinds = (QATLayer, ObserverModule)
     if any(isinstance(m, kinds) or preparation_of(m) is not None for m in model.modules()):
         raise ValueError(

@@ -131,7 +131,8 @@ class Sensitivity:
 def _render(result: Sensitivity) -> str:
     """One table per scheme, in the order of execution."""
     threads = f"{result.threads} thread{'s' if result.threads != 1 else ''}"
-    parts = [f"{result.model}, {result.batches} batch(es), {threads}"]
+    batches = f"{result.batches} batch{'es' if result.batches != 1 else ''}"
+    parts = [f"{result.model}, {batches}, {threads}"]
     for scheme in result.schemes:
         rows = [layer for layer in result.layers if scheme in layer.schemes]
         if not rows:

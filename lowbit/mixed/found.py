@@ -150,13 +150,13 @@ def _render(found: Found) -> str:
     align = ("left", *("right" for _ in headers[1:]))
     table = tabulate(cells, headers, colalign=align, disable_numparse=True)
     counts = Counter(scheme or "float" for scheme in found.overrides.values())
+    rows_of_layers = [
+        [short(name), scheme or "float", found.notes.get(name, "")]
+        for name, scheme in found.overrides.items()
+    ]
+    columns = ["layer", "scheme", "why float"][: 3 if found.notes else 2]
     layers = tabulate(
-        [
-            [short(name), scheme or "float", found.notes.get(name, "")]
-            for name, scheme in found.overrides.items()
-        ],
-        ["layer", "scheme", ""],
-        disable_numparse=True,
+        [row[: len(columns)] for row in rows_of_layers], columns, disable_numparse=True
     )
     closing = f"{found.measured} choices measured, {len(found.front)} of them on the Pareto front."
     if any(point.seconds is not None for point in found.uniform):

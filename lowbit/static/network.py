@@ -106,14 +106,13 @@ class Network(nn.Module):
         Raises:
             TypeError: other arguments than the example inputs that the model was captured with.
             ValueError: sizes that do not fit.
-            RuntimeError: an input that is not on the CPU; torch.export.
+            RuntimeError: an input that is not on the CPU; torch.export, torch.jit.trace and the
+                transforms of torch.func, which cannot see into its programs.
         """
         if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "torch.export cannot see into the programs of a static network: prepare the model "
-                "with graph=False, whose layers are operators that it exports, or write the "
-                "network by lowbit.save_file"
-            )
+            raise _cannot_see("torch.export")
+        if not is_compiling() and torch._C._is_tracing():
+            raise _cannot_see("torch.jit.trace")
         if is_compiling():
             # Not as a decorator: that would import the compiler with lowbit, which takes a second.
             eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
@@ -121,7 +120,7 @@ class Network(nn.Module):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        values = self._bind(args, kwargs)
+        values, asked = self._bind(args, kwargs)
         last = any(_is_channels_last(x) for x in values.values())
         with torch.no_grad():
             for stage in self._stages:
@@ -132,9 +131,14 @@ class Network(nn.Module):
                     values[node.name] = self._run_float(node, values)
                 for name in stage.released:
                     values.pop(name, None)
+            if asked is not None:
+                values = {name: _converted(x, asked) for name, x in values.items()}
             return replace(self._output, values.__getitem__)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], torch.dtype | None]:
+        """Values by node, and the dtype of outputs where the inputs ask for another."""
         given = dict(zip(self._inputs, args, strict=False)) | dict(kwargs)
         if len(args) + len(kwargs) != len(given) or set(given) != set(self._inputs):
             names = ", ".join(self._inputs)
@@ -143,6 +147,7 @@ class Network(nn.Module):
                 f"arguments and {sorted(kwargs)}"
             )
         values = {}
+        asked = None
         for name, node in self._inputs.items():
             x = given[name]
             if not isinstance(x, Tensor):
@@ -152,11 +157,14 @@ class Network(nn.Module):
             if self.exported:
                 check_size(name, x, self._by_name[node])
             dtype = self._by_name[node].dtype
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise _cannot_see("torch.func")
             x = x.detach()
             if x.is_floating_point() and x.dtype != dtype:
+                asked = x.dtype
                 x = x.to(dtype)
             values[node] = x
-        return values
+        return values, asked
 
     def _run_float(self, node: Node, values: Mapping[str, Any]) -> Any:
         kind, target, args, kwargs = node.settings["call"]
@@ -281,11 +289,13 @@ class Network(nn.Module):
         self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
-        """Moves between devices; the meaning of codes stays float32."""
-        zero, scale = self.value_zero, self.value_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.value_scale = scale.to(self.value_scale.device)
-        self.value_zero = zero.to(self.value_zero.device)
+        """Moves between devices. What is computed stays float32, whatever the inputs' dtype."""
+
+        def keep_dtype(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._forget()
         return self
 
@@ -302,6 +312,17 @@ class Network(nn.Module):
     def extra_repr(self) -> str:
         integers = sum(stage.in_integers for stage in self._stages)
         return f"programs={integers}, float operations={len(self._stages) - integers}"
+
+
+def _cannot_see(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} cannot see into the programs of a static network: prepare the model with "
+        "graph=False, whose layers are operators, or write the network by lowbit.save_file"
+    )
+
+
+def _converted(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _is_channels_last(x: Any) -> bool:

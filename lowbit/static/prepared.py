@@ -252,6 +252,7 @@ class Conversion:
         self.tensors: dict[str, Tensor] = {}
         self.made: dict[str, nn.Module] = {}
         self.anew: set[str] = set()
+        self.entered: set[str] = set()
 
     def learn(self, learn: Callable[[nn.Module, Plan], None]) -> None:
         """Takes the layers that learn from data."""
@@ -406,12 +407,13 @@ class Conversion:
             entry = Entry(
                 before.kind,
                 before.shape,
-                before.bytes_before,
+                0 if path in self.entered else before.bytes_before,  # one layer, called again
                 notes,
                 getattr(layer, "scheme", preparation.scheme),
                 before.folded,
             )
             set_entry(layer, entry)
+            self.entered.add(path)
 
 
 def _reordered(layer: QuantizedLayer, image: tuple[int, int, int]) -> QuantizedLayer:

@@ -288,3 +288,9 @@ def test_inputs_that_are_no_floats():
     prepared = lowbit.prepare(nn.Linear(4, 4), "w8a8-static")
     with pytest.raises(TypeError, match=r"the input to calibrate on is torch\.int64"):
         prepared(torch.ones(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("function", [lambda x: lowbit.prepare(x, "w8a8-static"), lowbit.convert])
+def test_what_is_no_model_is_refused(function):
+    with pytest.raises(TypeError, match="a state dict, not a"):
+        function(nn.Linear(2, 2).state_dict())

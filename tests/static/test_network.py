@@ -140,17 +140,42 @@ def test_images_that_are_not_finite(value, network, images):
         assert torch.equal(y[1], wanted[1])
 
 
-def test_dtypes(images):
+def test_outputs_have_the_dtype_of_inputs(images):
     model = Net().eval()
     for dtype in (torch.bfloat16, torch.float64):
         twin = copy.deepcopy(model).to(dtype)
         network = converted(twin, images.to(dtype))
         assert network(images.to(dtype)).dtype == dtype
-        assert network(images).dtype == dtype
-    network = converted(model, images)
-    assert network(images.half()).dtype == torch.float32
-    moved = copy.deepcopy(network).half()
-    assert moved.value_scale.dtype == torch.float32
+        assert network(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_dtype_changes_no_parameter(dtype, images):
+    network = converted(Net().eval(), images)
+    before = {key: x.clone() for key, x in network.state_dict().items()}
+    wanted = network(images.to(dtype).float())
+    moved = copy.deepcopy(network).to(dtype)
+    for key, x in moved.state_dict().items():
+        assert x.dtype == before[key].dtype
+        assert torch.equal(x, before[key])
+    for either in (network, moved):
+        assert torch.equal(either(images.to(dtype)), wanted.to(dtype))
+
+
+def test_a_layer_that_is_called_again_counts_once(images):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.body = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return self.body(self.body(self.body(self.stem(x))))
+
+    model = Again().eval()
+    float_bytes = sum(p.nbytes for p in model.parameters())
+    rows = lowbit.summary(converted(model, images)).rows
+    assert sum(entry.bytes_before for entry in rows) == float_bytes
 
 
 def test_inputs_that_do_not_fit(network, images):
@@ -366,6 +391,16 @@ def test_a_compiled_function_calls_it(network, images):
 def test_torch_export_says_what_to_do(strict, network, images):
     with pytest.raises(RuntimeError, match="graph=False"):
         torch.export.export(network, (images,), strict=strict)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, before it gets there
+def test_tracing_and_transforms_say_what_to_do(network, images):
+    with pytest.raises(RuntimeError, match=r"jit\.trace.*graph=False"):
+        torch.jit.trace(network, images)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*graph=False"):
+        torch.func.vmap(network)(images[None])
+    with pytest.raises(RuntimeError, match=r"torch\.func.*graph=False"):
+        torch.func.grad(lambda x: network(x).sum())(images)
 
 
 def test_torch_export_of_what_runs_layer_by_layer(images):
