@@ -4,6 +4,7 @@ Keeps what it has measured in a folder, and goes on from there when it is called
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main() -> int:
             print(f"\r\x1b[K{stage} {100 * share:.0f} %", end="", file=sys.stderr, flush=True)
 
     lines = run(Options(**given), folder, progress)
-    text = page(lines, "python bench/search.py" + (f" --page {target}" if target else ""))
+    text = page(lines, shlex.join(["python", "bench/search.py", *sys.argv[1:]]))
     if target is not None:
         target.write_text(text)
     print(text)
