@@ -141,7 +141,14 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
-            Method("w4a8-descent", True, {}, _MIXED, "mixed", "mixed"),
+            *(
+                Method("w4a8-descent", True, options, _MIXED, "mixed", text)
+                for options, text in (
+                    ({}, "mixed"),
+                    ({"correct_bias": True}, "mixed, bias correction"),
+                    ({"block_steps": BLOCK_STEPS}, "mixed, blocks"),
+                )
+            ),
         ],
         _first,
     ),
