@@ -111,12 +111,12 @@ class Network(nn.Module):
         """
         if torch.compiler.is_exporting():
             raise _cannot_see("torch.export")
-        if not is_compiling() and torch._C._is_tracing():
-            raise _cannot_see("torch.jit.trace")
         if is_compiling():
             # Not as a decorator: that would import the compiler with lowbit, which takes a second.
             eager: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
             return eager(*args, **kwargs)
+        if torch._C._is_tracing():
+            raise _cannot_see("torch.jit.trace")
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,9 +131,7 @@ class Network(nn.Module):
                     values[node.name] = self._run_float(node, values)
                 for name in stage.released:
                     values.pop(name, None)
-            if asked is not None:
-                values = {name: _converted(x, asked) for name, x in values.items()}
-            return replace(self._output, values.__getitem__)
+            return replace(self._output, lambda name: _converted(values[name], asked))
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -321,8 +319,9 @@ def _cannot_see(what: str) -> RuntimeError:
     )
 
 
-def _converted(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+def _converted(x: Any, dtype: torch.dtype | None) -> Any:
+    floats = isinstance(x, Tensor) and x.is_floating_point()
+    return x.to(dtype) if floats and dtype is not None else x
 
 
 def _is_channels_last(x: Any) -> bool:
