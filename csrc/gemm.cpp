@@ -50,6 +50,14 @@ const float* padded(const float* from, int count, float* room) {
 // Measured, see README.md.
 constexpr int64_t prefetch_steps(int rows) { return rows <= 2 ? 128 : 64; }
 
+// Whether such a tile had better prefetch the memory's next `block` bytes, as many as it reads of
+// panels side by side: the prefetcher of the second cache follows one stream only. Meanwhile the
+// first cache holds both blocks, unless products of a vector of weights take long enough.
+constexpr bool fetches_in_order(int rows, int64_t products, int64_t block) {
+  const int64_t most = products >= 16 ? INT64_MAX : products >= 8 ? 48 << 10 : 20 << 10;
+  return block < most && (rows > 2 || products >= 4);
+}
+
 // Up to so many tall tiles, where reading the weights once or from the first cache counts most; and
 // any number of them where the channels are no more.
 constexpr int64_t kTallTiles = 2;
@@ -73,7 +81,11 @@ class Block {
         tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
-        tiles_(ceil_div(rows.count, tile_rows() / rows.planes)) {
+        tiles_(ceil_div(rows.count, tile_rows() / rows.planes)),
+        least_(tiles_ ? rows.count / tiles_ : 0),
+        longer_(rows.count - least_ * tiles_),
+        each_(tiles_ ? ceil_div(width_ / kPanel, tiles_) : 0),
+        fields_(rows.bits ? 1 : traits(weights.format).planes()) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
@@ -130,11 +142,11 @@ class Block {
   }
 
   // The row behind a tile's last one.
-  int64_t end_of(int64_t index) const { return part(rows_.count, index, tiles_).end; }
+  int64_t end_of(int64_t index) const { return first_of(index + 1); }
 
   // y: of the first row and the block's first channel.
   void run(int64_t index, float* y, ptrdiff_t y_pitch) {
-    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int64_t first = first_of(index);
     const int rows = set_rows(index);
     float* const out = y + first * y_pitch;
     if (sums_) return run_in_parts(first, rows, out, y_pitch);
@@ -150,7 +162,7 @@ class Block {
 
   // The same to codes.
   void run(int64_t index) {
-    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int64_t first = first_of(index);
     const int rows = set_rows(index);
     int8_t* const* const q = codes_->q + first;
     const int8_t* const* const residual = codes_->residual ? codes_->residual + first : nullptr;
@@ -175,13 +187,16 @@ class Block {
   }
 
  private:
+  // No tile is much smaller than the rest. Tiles are short: no divisions here.
+  int64_t first_of(int64_t index) const { return index * least_ + std::min(index, longer_); }
+
   // Those of a tile, and how many.
   int set_rows(int64_t index) {
-    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
-    const int rows = static_cast<int>(r.end - r.begin);
+    const int64_t first = first_of(index);
+    const int rows = static_cast<int>(first_of(index + 1) - first);
     tile_.rows = rows * rows_.planes;
     set_prefetch(index);
-    tile_.row_scale = rows_.scale + r.begin;
+    tile_.row_scale = rows_.scale + first;
     return rows;
   }
 
@@ -210,9 +225,11 @@ class Block {
   // A tile that takes all rows reads its panels from memory, in order: it fetches what comes soon.
   // Of several, the last ones fetch the next block.
   void set_prefetch(int64_t index) {
-    const int64_t panels = width_ / kPanel, each = ceil_div(panels, tiles_);
-    const int64_t first = tiles_ >= panels ? index - (tiles_ - panels) : index * each;
-    tile_.fetch = static_cast<int>(first < 0 ? 0 : std::clamp<int64_t>(panels - first, 0, each));
+    const int64_t panels = width_ / kPanel;
+    const int64_t first = tiles_ >= panels ? index - (tiles_ - panels) : index * each_;
+    tile_.fetch = static_cast<int>(first < 0 ? 0 : std::clamp<int64_t>(panels - first, 0, each_));
+    tile_.in_order = tiles_ == 1 && fetches_in_order(tile_.rows, tile_.rows * fields_,
+                                                     panels * tile_.panel_stride);
     ahead_ = tiles_ == 1 ? prefetch_steps(tile_.rows) * kVectorBytes
                          : (panels + first) * tile_.panel_stride;
   }
@@ -284,7 +301,10 @@ class Block {
   const CodeRows* const codes_;
   bool in_registers_, centred_;
   const bool short_groups_, tall_;
-  const int64_t width_, tiles_;  // of a block, in channels and in tiles
+  const int64_t width_, tiles_;   // of a block, in channels and in tiles
+  const int64_t least_, longer_;  // rows of a tile, and how many tiles have one more
+  const int64_t each_;            // so many panels of the next block does a tile fetch
+  const int fields_;              // of a byte: products of a row and a vector of weights
   Tile tile_{};
   float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;
   int32_t *offset_, *sums_;

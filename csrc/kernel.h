@@ -43,6 +43,7 @@ struct Tile {
   const uint8_t* w;             // the panels
   const uint8_t* ahead;         // what to prefetch meanwhile, step by step:
   int fetch;                    // so many panels, `panel_stride` apart
+  bool in_order;                // or what follows in the memory, where panels are read side by side
   ptrdiff_t panel_stride;
   uint8_t* room;  // Kernel::room bytes of scratch, 64-byte aligned
   int64_t steps, group_steps, groups;

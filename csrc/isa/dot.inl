@@ -6,22 +6,50 @@
 //   kTightSums              so many leave no register for constants, nor for weights from one bit
 //                           field to the next; 0: registers are plenty
 
-// The vectors of step s of NP panels; ahead of them, those of `fetch` panels from `ahead` on.
+// The vectors of NP panels, step by step, and what is prefetched meanwhile, a line for each: of
+// other panels at the same step or, with Tile::in_order, of the memory behind these.
 template <int NP>
-LOWBIT_INLINE void load_panels(const uint8_t* w, ptrdiff_t stride, const uint8_t* ahead, int fetch,
-                               int64_t s, Reg (&x)[NP * kRegs]) {
-  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) if (p < fetch)
-      __builtin_prefetch(ahead + p * stride + s * kVectorBytes);
-  LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
-      x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
-}
+struct Panels {
+  const uint8_t *w, *ahead;
+  ptrdiff_t stride, ahead_stride, ahead_step;
+  int fetch;
+
+  LOWBIT_INLINE Panels(const Tile& t, int panel)
+      : w(t.w + panel * t.panel_stride),
+        ahead(t.ahead + panel * t.panel_stride),
+        stride(t.panel_stride),
+        ahead_stride(t.panel_stride),
+        ahead_step(kVectorBytes),
+        fetch(t.fetch) {
+    if constexpr (NP > 1 && NP == kTallPanels) {
+      constexpr ptrdiff_t kLeast = 8192;  // nearer lines would come late
+      if (!t.in_order) return;
+      ahead = w + (NP * stride > kLeast ? NP * stride : kLeast);
+      ahead_stride = kVectorBytes;
+      ahead_step = NP * kVectorBytes;
+    }
+  }
+
+  LOWBIT_INLINE void load_step(int64_t s, Reg (&x)[NP * kRegs]) const {
+    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) if (p < fetch)
+        __builtin_prefetch(ahead + p * ahead_stride + s * ahead_step);
+    load_again(s, x);
+  }
+
+  LOWBIT_INLINE void load_again(int64_t s, Reg (&x)[NP * kRegs]) const {
+    LOWBIT_UNROLL for (int p = 0; p < NP; ++p) LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i)
+        x[p * kRegs + i] = load(w + p * stride + s * kVectorBytes + i * kRegBytes);
+  }
+};
 
 // The fewest rows of one of several tiles: more rows than kTallMr, shared evenly among tiles of
 // kMr.
 constexpr int kFewest = (kTallMr + 1) / ((kTallMr + kMr) / kMr);
 
-// So few rows wait for memory: they take one panel after the other, in the order of the memory.
-constexpr int kStreamRows = 2;
+// So few rows wait for memory: they take one panel after the other, in its order. Unless a row has
+// so many bit fields to be loaded for a vector of weights that panels had better share it, where
+// the tile is read in order all the same.
+constexpr int kStreamRows = 2, kSharedFields = 4;
 
 template <class Op>
 void run_tile(const Tile& t) {
@@ -30,11 +58,13 @@ void run_tile(const Tile& t) {
         t.rows, [&](auto mr) { Op::template panels<decltype(mr)::value, kPanels>(t, 0); });
   with_rows<1, kTallMr>(t.rows, [&](auto mr) {
     constexpr int kRows = decltype(mr)::value;
+    constexpr bool kStream = kRows <= kStreamRows;
     int p = 0;
-    if constexpr (kRows > kStreamRows)
-      for (; p + kTallPanels <= t.panels; p += kTallPanels)
-        Op::template panels<kRows, kTallPanels>(t, p);
-    if constexpr (kRows <= kStreamRows || kTallPanels > 1)
+    if constexpr (!kStream || kRows * Op::kFields >= kSharedFields)
+      if (!kStream || t.in_order)
+        for (; p + kTallPanels <= t.panels; p += kTallPanels)
+          Op::template panels<kRows, kTallPanels>(t, p);
+    if constexpr (kStream || kTallPanels > 1)
       for (; p < t.panels; ++p) Op::template panels<kRows, 1>(t, p);
   });
 }
@@ -105,6 +135,8 @@ constexpr int kGroupChains = 4;
 
 template <int B, int S>
 struct Dot {
+  static constexpr int kFields = 8 / B;  // loaded of a row for each vector of weights
+
   static void run(const Tile& t) { run_tile<Dot>(t); }
 
   // Adds the products of so many steps to sums.
@@ -117,17 +149,15 @@ struct Dot {
 
     LOWBIT_INLINE void operator()(int64_t first, int64_t steps, Reg (&out)[MR][V]) const {
       const int8_t* a = t.codes;
-      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
-      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+      const Panels<NP> panels(t, panel);
+      const ptrdiff_t pitch = t.pitch;
       const int64_t end = first + steps;
-      const int fetch = t.fetch;
       Sums sums(out);
       const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
         Reg x[V];
-        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        panels.load_step(s, x);
         sums.template add_step<decltype(index)::value>(
-            x, [&](Reg(&y)[V]) { load_panels<NP>(w, stride, ahead, 0, s, y); }, a + s * (32 / B),
-            pitch);
+            x, [&](Reg(&y)[V]) { panels.load_again(s, y); }, a + s * (32 / B), pitch);
       };
       int64_t s = first;
       for (; s + Sums::U <= end; s += Sums::U) {
@@ -158,14 +188,15 @@ struct Dot {
 // Signed 8-bit weights and activations as the unsigned factor: what the 128 add is a constant of
 // the channel, and no row's sum is needed. The rest is as Dot.
 struct CentredDot {
+  static constexpr int kFields = 1;
+
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs, C = power_of_two(kChainSums / (MR * V));
     const int8_t* a = t.codes;
-    const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
-    const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
+    const Panels<NP> panels(t, panel);
+    const ptrdiff_t pitch = t.pitch;
     const int64_t steps = t.steps;
-    const int fetch = t.fetch;
     const Reg flip = bytes(0x80);
     const auto seed = reinterpret_cast<const uint8_t*>(t.seed + panel * kPanel);
     Reg sum[C][MR][V];
@@ -174,7 +205,7 @@ struct CentredDot {
     LOWBIT_UNROLL for (int c = 1; c < C; ++c) clear(sum[c]);
     const auto step = [&](int64_t s, auto chain) __attribute__((always_inline)) {
       Reg x[V];
-      load_panels<NP>(w, stride, ahead, fetch, s, x);
+      panels.load_step(s, x);
       LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
         const Reg av = bit_xor(broadcast(a + r * pitch + s * 4), flip);
         LOWBIT_UNROLL for (int v = 0; v < V; ++v) {

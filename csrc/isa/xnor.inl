@@ -5,19 +5,20 @@
 
 template <bool Masked>
 struct Xnor {
+  static constexpr int kFields = 1;
+
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs;
     sum_groups<MR, V, false>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
       const uint32_t *bits = t.bits, *mask = t.mask;
-      const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
-      const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
-      const int fetch = t.fetch;
+      const Panels<NP> panels(t, panel);
+      const ptrdiff_t pitch = t.pitch;
       Reg count[MR][V];
       clear(count);
       for (int64_t s = first; s < first + steps; ++s) {
         Reg x[V];
-        load_panels<NP>(w, stride, ahead, fetch, s, x);
+        panels.load_step(s, x);
         LOWBIT_UNROLL for (int r = 0; r < MR; ++r) {
           const Reg a = broadcast(reinterpret_cast<const int8_t*>(bits + r * pitch + s));
           LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
