@@ -224,7 +224,7 @@ PyObject* linear_call(const Direct& self, PyObject* x, const View& in) {
   View out;
   if (!y.object) return nullptr;
   if (!is_tensor(y.object) || !read(y.object, out)) return decline();
-  const bool done = run(m * w.n * w.k, [&](int threads) {
+  const bool done = run(linear_work(m, w), [&](int threads) {
     linear(reinterpret_cast<const float*>(in.data), m, w, self.activation,
            reinterpret_cast<float*>(out.data), threads, fixed_of(self));
   });

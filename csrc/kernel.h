@@ -136,6 +136,8 @@ struct PlaneCodes {
   bool saturates;
 };
 
+constexpr int kBitRows = 4;  // see Kernel::binarize_rows
+
 struct Kernel {
   const char* name;
   int mr, nr;            // rows (even) and channels (a multiple of 16) of the largest tile
@@ -172,6 +174,10 @@ struct Kernel {
   // Adds |x| to 16 strided lanes, the first to lane at % 16: element by element, in order.
   void (*add_abs)(const float* x, int64_t n, int64_t at, float* lanes);
   void (*quantize8)(const float* x, int64_t n, float inverse_scale, int8_t* q);
+  // quantize8 of a row, and the sum of its codes; meanwhile, unless `next` is null, amax_bits of
+  // next [n]. n is at most kChunk.
+  int32_t (*quantize_row8)(const float* x, int64_t n, float inverse_scale, int8_t* q,
+                           const float* next, uint32_t* amax);
   void (*quantize16)(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo);
   // With a scale that does not depend on x: codes are saturated. They return the largest |x| as
   // amax_bits does.
@@ -180,6 +186,8 @@ struct Kernel {
   void (*binarize)(const float* x, int64_t n, int8_t* q);  // +1 where x >= 0, else -1
   // 1 where x < 0; the rest of a dword 0. Unless `lanes` is null, add_abs at 0 as well.
   void (*binarize_bits)(const float* x, int64_t n, uint32_t* bits, float* lanes);
+  // The same with lanes for kBitRows rows [n], one after the other; bits `pitch` apart, lanes 16.
+  void (*binarize_rows)(const float* x, int64_t n, uint32_t* bits, ptrdiff_t pitch, float* lanes);
   // out[g] = sum of q[i] over the g-th `group` of them, for all n; the last may be shorter.
   void (*sum_groups)(const int8_t* q, int64_t n, int64_t group, int32_t* out);
   // out[r] = sum of the k codes of row r.

@@ -38,6 +38,10 @@ struct StaticActivation {
 void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
             int threads, const StaticActivation* fixed = nullptr);
 
+// What decides how many threads `linear` wakes: multiply-accumulates, or for a few rows, which wait
+// for the weights, as many as take that long.
+int64_t linear_work(int64_t m, const Weights& weights);
+
 inline int64_t conv2d_blocks(int64_t out_channels, int64_t groups) {
   return kPanel % (out_channels / groups) == 0 && out_channels / groups < kPanel ? 1 : groups;
 }

@@ -96,6 +96,24 @@ def test_threads(kernel):
         check(kernel, 1, 1, 8, threads=threads)
 
 
+# (m, n, k) with work for three threads: channels that are shared unequally, one channel, rows that
+# each thread quantizes by itself, rows whose codes are shared, rows of its own for each thread.
+SHARED = ((1, 1000, 3200), (2, 1000, 1601), (5, 700, 901), (40, 65, 1300), (65, 1, 50_000))
+SHARED += ((6, 200, 16_000), (96, 17, 2100), (101, 63, 515), (200, 130, 130))
+
+
+@pytest.mark.parametrize("m, n, k", SHARED)
+def test_every_number_of_threads(kernel, m, n, k):
+    """However the work is shared, the bits are those of one thread."""
+    rng = np.random.default_rng([m, n, k])
+    weights = random_weights(rng, kernel.fmt, (n, k))
+    x = rng.normal(size=(m, k)).astype(np.float32)
+    x[-1] = 0
+    alone = core_linear(x, weights, kernel.activation)
+    for threads in (2, 3, 5):
+        assert_same_bits(core_linear(x, weights, kernel.activation, threads), alone)
+
+
 def test_wide_layer(kernel):
     m = 2 if kernel.isa == "scalar" else 16
     check(kernel, m, 512, 512, threads=2)
@@ -214,7 +232,7 @@ def special_rows(rng: np.random.Generator, k: int) -> np.ndarray:
         return np.array(rows).astype(np.float32)
 
 
-@pytest.mark.parametrize("k", [1, 33, 100, 777])
+@pytest.mark.parametrize("k", [1, 33, 100, 777, 1601, 2100])
 def test_special_rows_beside_ordinary_ones(kernel, k, rng):
     x = special_rows(rng, k)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -76,6 +76,42 @@ void quantize8(const float* x, int64_t n, float inverse_scale, int8_t* q) {
     q[i] = static_cast<int8_t>(bits_of(x[i] * inverse_scale + kRound));
 }
 
+// Two rows at once: the codes of one, and the largest |x| of the next, which comes from memory
+// meanwhile.
+template <bool Next>
+LOWBIT_INLINE int32_t quantize_and_sum(const float* x, int64_t n, float inverse_scale, int8_t* q,
+                                       const float* next, uint32_t& largest) {
+  int32_t sum = 0;
+  uint32_t most = largest;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t v = bits_of(x[i] * inverse_scale + kRound);
+    q[i] = static_cast<int8_t>(v);
+    sum += static_cast<int32_t>(v - kRoundBits);
+    if constexpr (Next) {
+      const uint32_t u = bits_of(next[i]) & 0x7fffffffu;
+      most = u > most ? u : most;
+    }
+  }
+  largest = most;
+  return sum;
+}
+
+int32_t quantize_row8(const float* x, int64_t n, float inverse_scale, int8_t* q, const float* next,
+                      uint32_t* amax) {
+  constexpr int64_t kBlock = 512, kAhead = 1024, kLine = 64 / sizeof(float);
+  uint32_t largest = 0;
+  int32_t sum = 0;
+  if (!next) return quantize_and_sum<false>(x, n, inverse_scale, q, next, largest);
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    for (int64_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(next + i + kAhead + j);
+    sum += quantize_and_sum<true>(x + i, kBlock, inverse_scale, q + i, next + i, largest);
+  }
+  sum += quantize_and_sum<true>(x + i, n - i, inverse_scale, q + i, next + i, largest);
+  *amax = largest;
+  return sum;
+}
+
 void quantize16(const float* x, int64_t n, float inverse_scale, int8_t* hi, int8_t* lo) {
   for (int64_t i = 0; i < n; ++i) {
     const int32_t q = static_cast<int32_t>(bits_of(x[i] * inverse_scale + kRound) - kRoundBits);
@@ -153,24 +189,28 @@ LOWBIT_INLINE uint32_t sign_bits(const float* x, FloatReg (&lane)[16 / kLanes]) 
   return word;
 }
 
-template <bool Sum>
-LOWBIT_INLINE void sign_words(const float* x, int64_t words, uint32_t* bits, float* lanes) {
-  FloatReg lane[16 / kLanes];
+// R rows, `x_pitch` and `pitch` apart: one alone waits for its additions, each of which needs the
+// one before.
+template <bool Sum, int R>
+LOWBIT_INLINE void sign_words(const float* x, ptrdiff_t x_pitch, int64_t words, uint32_t* bits,
+                              ptrdiff_t pitch, float* lanes) {
+  FloatReg lane[R][16 / kLanes];
   if constexpr (Sum)
-    LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i) lane[i] = float_load(lanes + i * kLanes);
-  for (int64_t w = 0; w < words; ++w) bits[w] = sign_bits<Sum>(x + 32 * w, lane);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i)
+        lane[r][i] = float_load(lanes + r * 16 + i * kLanes);
+  for (int64_t w = 0; w < words; ++w)
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) bits[r * pitch + w] =
+        sign_bits<Sum>(x + r * x_pitch + 32 * w, lane[r]);
   if constexpr (Sum)
-    LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i) float_store(lanes + i * kLanes, lane[i]);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int i = 0; i < 16 / kLanes; ++i)
+        float_store(lanes + r * 16 + i * kLanes, lane[r][i]);
 }
 
-// 1 where x < 0. Bit 8j + p of a dword is k = 4p + j, as in the W1 layout: k with its two low bits
-// in front. In two passes, so that the second is vectorized over words.
-void binarize_bits(const float* x, int64_t n, uint32_t* bits, float* lanes) {
+// What sign_words leaves of a row, whose bits then get the order of the W1 layout: bit 8j + p of a
+// dword is k = 4p + j, which is k with its two low bits in front. In a pass of its own, so that it
+// is vectorized over words.
+inline void finish_bits(const float* x, int64_t n, uint32_t* bits, float* lanes) {
   const int64_t words = n / 32, rest = n % 32;
-  if (lanes)
-    sign_words<true>(x, words, bits, lanes);
-  else
-    sign_words<false>(x, words, bits, lanes);
   if (rest) {
     uint32_t word = 0;
     for (int64_t k = 0; k < rest; ++k) word |= x[32 * words + k] >= 0.0f ? 0u : 1u << k;
@@ -178,6 +218,19 @@ void binarize_bits(const float* x, int64_t n, uint32_t* bits, float* lanes) {
     if (lanes) add_abs(x + 32 * words, rest, 0, lanes);
   }
   for (int64_t w = 0; w < words + (rest > 0); ++w) bits[w] = unshuffle(unshuffle(bits[w]));
+}
+
+void binarize_bits(const float* x, int64_t n, uint32_t* bits, float* lanes) {
+  if (lanes)
+    sign_words<true, 1>(x, 0, n / 32, bits, 0, lanes);
+  else
+    sign_words<false, 1>(x, 0, n / 32, bits, 0, lanes);
+  finish_bits(x, n, bits, lanes);
+}
+
+void binarize_rows(const float* x, int64_t n, uint32_t* bits, ptrdiff_t pitch, float* lanes) {
+  sign_words<true, kBitRows>(x, n, n / 32, bits, pitch, lanes);
+  for (int r = 0; r < kBitRows; ++r) finish_bits(x + r * n, n, bits + r * pitch, lanes + r * 16);
 }
 
 void to_float(int rows, const int32_t* sums, float* f) {
