@@ -167,11 +167,12 @@ bool is_same_layer(const Direct& self, PyObject* attributes) {
 // Less work than this is done before another thread could take the GIL and give it back.
 constexpr int64_t kMacsWithGil = int64_t{1} << 17;
 
-// False: the work failed, and the error is Python's.
+// `share`: what decides how many threads are woken. False: the work failed, and the error is
+// Python's.
 template <class Work>
-bool run(int64_t macs, Work work) {
+bool run(int64_t macs, int64_t share, Work work) {
   int threads = 1;
-  if (worthwhile_threads(INT_MAX, macs) > 1) {
+  if (worthwhile_threads(INT_MAX, share) > 1) {
     Owned answer(PyObject_CallNoArgs(torch.get_num_threads));
     const long count = answer.object ? PyLong_AsLong(answer.object) : -1;
     if (PyErr_Occurred()) return false;
@@ -224,7 +225,7 @@ PyObject* linear_call(const Direct& self, PyObject* x, const View& in) {
   View out;
   if (!y.object) return nullptr;
   if (!is_tensor(y.object) || !read(y.object, out)) return decline();
-  const bool done = run(linear_work(m, w), [&](int threads) {
+  const bool done = run(m * w.n * w.k, linear_work(m, w), [&](int threads) {
     linear(reinterpret_cast<const float*>(in.data), m, w, self.activation,
            reinterpret_cast<float*>(out.data), threads, fixed_of(self));
   });
@@ -275,7 +276,8 @@ PyObject* conv2d_call(const Direct& self, PyObject* x, const View& in, const Vie
   if (!y.object) return nullptr;
   if (!is_tensor(y.object) || !read(y.object, out)) return decline();
   const Weights& w = self.weights;
-  const bool done = run(g.batch * g.out_height * g.out_width * w.n * w.k, [&](int threads) {
+  const int64_t macs = g.batch * g.out_height * g.out_width * w.n * w.k;
+  const bool done = run(macs, macs, [&](int threads) {
     conv2d(reinterpret_cast<const float*>(in.data), g, w, self.activation,
            reinterpret_cast<float*>(out.data), threads, fixed_of(self));
   });
