@@ -30,6 +30,7 @@ constexpr int64_t kOwnValues = int64_t{1} << 18;
 
 Share share_of(const Kernel& kernel, int64_t m, const Weights& weights, int planes, int thread,
                int team) {
+  if (team == 1) return {{0, m}, {0, weights.n}, false};
   const int64_t row_tiles = ceil_div(m, kernel.mr / planes);
   const int64_t channel_tiles = ceil_div(weights.n, kernel.nr);
   int across = 1, down = team;
