@@ -162,6 +162,12 @@ struct Quantizer {
   }
 };
 
+// Of the calling thread, which frees it when it ends.
+Scratch& own_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // As many rows as one pass quantizes at once.
 void linear_pass(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
                  int threads, const UnitScale& fixed) {
@@ -171,22 +177,23 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
   const bool use_bits =
       traits(weights.format).bits == 1 && activation == Activation::binary && !weights.group_zero;
   const int count = planes(activation);
-  static thread_local Scratch scratch;
-  std::optional<RowBuffers> shared;
   const Quantizer quantizer{kernel, depth, activation, fixed, weights.k};
   threads = worthwhile_threads(threads, linear_work(m, weights));
-  if (threads > 1) shared.emplace(scratch, m, weights.k, count, depth, use_bits);
+  const auto buffers_for = [&](int64_t rows) {
+    return RowBuffers(own_scratch(), rows, weights.k, count, depth, use_bits);
+  };
+  std::optional<RowBuffers> shared;  // a smaller team shares no more than a larger one
+  if (share_of(kernel, m, weights, count, 0, threads).together) shared = buffers_for(m);
 
   parallel(threads, [&](int thread, int team) {
     const Share share = share_of(kernel, m, weights, count, thread, team);
     const Range r = share.rows, c = share.channels;
-    std::optional<RowBuffers> own;
-    if (!share.together) own.emplace(scratch, r.end - r.begin, weights.k, count, depth, use_bits);
-    RowBuffers& buffers = own ? *own : *shared;
-    const Range mine = own ? r : part(m, thread, team);
-    const int64_t base = own ? r.begin : 0;  // the buffers' first row
+    RowBuffers buffers = share.together ? *shared : buffers_for(r.end - r.begin);
+    const Range mine = share.together ? part(m, thread, team) : r;
+    const int64_t base = share.together ? 0 : r.begin;  // the buffers' first row
     quantizer.rows(x + mine.begin * weights.k, mine.begin - base, mine.end - mine.begin, buffers);
-    if (!own) team_barrier(team);
+    if (share.together) team_barrier(team);
+    if (r.begin == r.end || c.begin == c.end) return;
 
     const int64_t first = r.begin - base;
     Rows rows;
