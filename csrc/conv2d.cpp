@@ -40,8 +40,9 @@ Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& 
   w.packed += group * packed_panels(w.n) * depth.steps * kVectorBytes;
   w.scale += group * w.n;
   if (w.bias) w.bias += group * w.n;
-  if (w.group_scale) w.group_scale += group * w.n * depth.groups;
-  if (w.group_zero) w.group_zero += group * w.n * depth.groups;
+  const int64_t group_values = packed_panels(w.n) * depth.groups * kPanel;
+  if (w.group_scale) w.group_scale += group * group_values;
+  if (w.group_zero) w.group_zero += group * group_values;
   return w;
 }
 
@@ -66,10 +67,7 @@ class Layer {
     } else if (is_fine_grouped(g, weights, activation)) {
       grouped_.emplace(kernel, g, weights, images, scratch);
     } else if (g.blocks() < g.groups) {
-      uint8_t* packed;
-      scratch.cut(piece(packed, g.groups * depth.steps * kVectorBytes));
-      separate_groups(g, weights, depth, packed);
-      weights_.packed = packed;
+      weights_ = separate_groups(g, weights, depth, scratch);
     }
   }
 

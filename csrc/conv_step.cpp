@@ -56,10 +56,7 @@ class ConvStep : public Executor {
     } else if (is_fine_grouped(geometry_, weights_, Activation::int8)) {
       grouped_.emplace(kernel, geometry_, weights_, images, scratch_);
     } else if (geometry_.blocks() < geometry_.groups) {
-      uint8_t* packed;
-      scratch_.cut(piece(packed, geometry_.groups * depth_.steps * kVectorBytes));
-      separate_groups(geometry_, weights_, depth_, packed);
-      weights_.packed = packed;
+      weights_ = separate_groups(geometry_, weights_, depth_, scratch_);
     } else if (plan.to && to_.in_registers() && is_centred()) {
       centre();
     }
@@ -180,8 +177,9 @@ class ConvStep : public Executor {
     w.packed += group * packed_panels(w.n) * depth_.steps * kVectorBytes;
     w.scale += group * w.n;
     w.bias += group * w.n;
-    if (w.group_scale) w.group_scale += group * w.n * depth_.groups;
-    if (w.group_zero) w.group_zero += group * w.n * depth_.groups;
+    const int64_t group_values = packed_panels(w.n) * depth_.groups * kPanel;
+    if (w.group_scale) w.group_scale += group * group_values;
+    if (w.group_zero) w.group_zero += group * group_values;
     return w;
   }
 

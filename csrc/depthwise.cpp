@@ -83,12 +83,11 @@ class Depthwise {
         codes_(codes),
         in_registers_(codes && in_tile_ && codes->in_registers()) {
     const int64_t tile = in_tile_ ? 0 : int64_t{kTilePixels} * kernel.nr;
-    const int64_t scales = depth.groups * kernel.nr,
-                  channels = round_up(geometry.out_channels, kPanel);
+    const int64_t channels = round_up(geometry.out_channels, kPanel);
     const int64_t floats = codes && !in_registers_ ? expanded.outputs() * geometry.out_width : 0;
     scratch.cut(piece(acc_, tile * kMaxPlanes), piece(value_, tile), piece(total_, tile),
-                piece(wide_, tile), piece(group_scale_, scales), piece(group_zero_, scales),
-                piece(row_scale_, kTilePixels), piece(rows_, expanded.quads() * 4),
+                piece(wide_, tile), piece(factor_, kernel.nr), piece(row_scale_, kTilePixels),
+                piece(rows_, expanded.quads() * 4),
                 piece(columns_, images.width() * expanded.quads() * kernel.column_bytes),
                 piece(scale_, channels), piece(bias_, channels),
                 piece(last_, expanded.outputs() * geometry.out_width * kPanel),
@@ -196,7 +195,6 @@ class Depthwise {
     tile_.outputs = 1;
     for (int64_t c = 0; c < g.out_channels; c += kernel_.nr) {
       const int cols = static_cast<int>(std::min<int64_t>(kernel_.nr, g.out_channels - c));
-      expand_scales(c, cols);
       for (int64_t x = 0; x < g.out_width; x += kTilePixels) {
         const int pixels = static_cast<int>(std::min<int64_t>(kTilePixels, g.out_width - x));
         tile_.pixels = pixels;
@@ -209,13 +207,12 @@ class Depthwise {
     }
   }
 
-  void expand_scales(int64_t c, int cols) {
-    if (weights_.group_scale)
-      kernel_.expand_groups(weights_.group_scale + c * depth_.groups, cols, depth_.groups,
-                            group_scale_);
-    if (weights_.group_zero)
-      kernel_.expand_groups(weights_.group_zero + c * depth_.groups, cols, depth_.groups,
-                            group_zero_);
+  // Of a group, for the channels from c on.
+  const float* factors(const uint16_t* from, int64_t c, int cols, int64_t group) {
+    const ptrdiff_t stride = depth_.groups * kPanel;
+    kernel_.widen_scales(from + c / kPanel * stride + group * kPanel, stride,
+                         (cols + kPanel - 1) / kPanel, factor_);
+    return factor_;
   }
 
   // The sums of a tile as floats, groups combined.
@@ -226,10 +223,10 @@ class Depthwise {
     for (int64_t group = 0; group < depth_.groups; ++group) {
       sum(image, row, x, c, cols, group, false);
       if (!weights_.group_scale) return value_;
-      kernel_.madd(pixels, group_scale_ + group * kernel_.nr, value_, total_);
+      kernel_.madd(pixels, factors(weights_.group_scale, c, cols, group), value_, total_);
       if (!weights_.group_zero) continue;
       sum(image, row, x, c, cols, group, true);
-      kernel_.madd(pixels, group_zero_ + group * kernel_.nr, value_, total_);
+      kernel_.madd(pixels, factors(weights_.group_zero, c, cols, group), value_, total_);
     }
     return total_;
   }
@@ -262,7 +259,7 @@ class Depthwise {
   const bool in_registers_;
   DepthwiseTile tile_{};
   int32_t* acc_;
-  float *value_, *total_, *group_scale_, *group_zero_, *row_scale_, *scale_, *bias_, *last_;
+  float *value_, *total_, *factor_, *row_scale_, *scale_, *bias_, *last_;
   double* wide_;
   const int8_t** rows_;
   uint8_t* columns_;

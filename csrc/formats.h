@@ -71,7 +71,7 @@ constexpr int planes(Activation a) { return a == Activation::int16 ? 2 : 1; }
 
 inline constexpr int kPanel = 16;         // channels in a panel
 inline constexpr int kVectorBytes = 64;   // one step of a panel
-inline constexpr int kLayoutVersion = 1;  // of weight_packed
+inline constexpr int kLayoutVersion = 2;  // of the weights' tensors
 
 // A chunk of K whose sum cannot leave int32: |mul * c + add| <= 128 and |a| <= 128 give 2^30.
 inline constexpr int64_t kChunk = 65536;

@@ -86,20 +86,20 @@ class Block {
         longer_(rows.count - least_ * tiles_),
         each_(tiles_ ? ceil_div(width_ / kPanel, tiles_) : 0),
         fields_(rows.bits ? 1 : traits(weights.format).planes()) {
-    const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
+    const int64_t size = int64_t{kernel.tall_mr} * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
-    const bool groups = weights.group_scale, zeros = weights.group_zero;
+    const bool zeros = weights.group_zero;
     const bool in_tile = fits_tile();
     in_registers_ =
         codes && in_tile && codes->to->in_registers() && (codes->whole || weights.n % kPanel == 0);
     // A block is no wider than a tile where its channels need padding.
     const int64_t bias = weights.bias ? kernel.nr : std::max<int64_t>(weights.n, kernel.nr);
     scratch.cut(piece(scale_, kernel.nr), piece(bias_, bias),
-                piece(offset_, code_rows * depth.chunks()), piece(group_scale_, groups * scales),
-                piece(group_zero_, zeros * scales),
+                piece(offset_, code_rows * depth.chunks()),
                 piece(group_sum_, zeros * rows.count * depth.groups), piece(out_, size),
                 piece(sums_, in_tile ? 0 : size), piece(wide_, in_tile ? 0 : size),
                 piece(value_, in_tile ? 0 : size), piece(total_, in_tile ? 0 : size),
+                piece(factor_, in_tile ? 0 : kernel.nr),
                 piece(tile_.room, kernel.room(depth.steps * traits(weights.format).depth())));
     const int add = traits(weights.format).add;
     centred_ = codes && codes->seed;
@@ -117,18 +117,16 @@ class Block {
     tile_.groups = in_tile ? depth.groups : 1;
     tile_.group_steps = depth.group_steps;
     tile_.steps = depth.steps;
-    tile_.group_scale = group_scale_;
-    tile_.group_zero = group_zero_;
     if (in_registers_) tile_.requantize = codes->to;
   }
 
   int64_t tiles() const { return tiles_; }
 
   // Takes the channels from c0 on, and returns how many: those of a tile, or where one tile of rows
-  // reads them and nothing is expanded for them, all whole panels.
+  // reads them, all whole panels.
   int64_t set_channels(int64_t c0, int64_t end) {
     const int64_t whole = (end - c0) / kPanel * kPanel;
-    const bool all = tiles_ == 1 && !sums_ && !group_scale_ && (!codes_ || in_registers_);
+    const bool all = tiles_ == 1 && !sums_ && (!codes_ || in_registers_);
     const int64_t count = std::min(end - c0, all ? std::max<int64_t>(whole, width_) : width_);
     c0_ = c0;
     cols_ = static_cast<int>(count);
@@ -136,8 +134,8 @@ class Block {
     packed_ = weights_.packed + c0 / kPanel * tile_.panel_stride;
     tile_.scale = padded(weights_.scale + c0, cols_, scale_);
     tile_.bias = weights_.bias ? padded(weights_.bias + c0, cols_, bias_) : bias_;
-    if (group_scale_) expand(weights_.group_scale, group_scale_);
-    if (group_zero_) expand(weights_.group_zero, group_zero_);
+    if (weights_.group_scale) tile_.group_scale = weights_.group_scale + c0 * depth_.groups;
+    if (weights_.group_zero) tile_.group_zero = weights_.group_zero + c0 * depth_.groups;
     return count;
   }
 
@@ -200,16 +198,6 @@ class Block {
     return rows;
   }
 
-  // The block's columns of a float16 matrix [n][groups]; the next block's are fetched.
-  void expand(const uint16_t* from, float* to) const {
-    constexpr int64_t kMost = 256, kLine = 64 / sizeof(*from);
-    const int64_t size = cols_ * depth_.groups;
-    from += c0_ * depth_.groups;
-    kernel_.expand_groups(from, cols_, depth_.groups, to);
-    for (int64_t i = 0; i < std::min(ceil_div(size, kLine), kMost); ++i)
-      __builtin_prefetch(from + size + i * kLine);
-  }
-
   int tile_rows() const {
     return short_groups_ ? kernel_.group_mr : tall_ ? kernel_.tall_mr : kernel_.mr;
   }
@@ -236,7 +224,7 @@ class Block {
 
   void set_operands(int64_t first, int64_t step, int64_t chunk) {
     const ptrdiff_t row = first * rows_.planes;
-    if (group_zero_) tile_.group_sum = group_sum_ + first * depth_.groups;
+    if (weights_.group_zero) tile_.group_sum = group_sum_ + first * depth_.groups;
     tile_.w = packed_ + step * kVectorBytes;
     tile_.ahead = tile_.w + ahead_;
     tile_.offset = offset_ + row * depth_.chunks() + chunk;
@@ -271,15 +259,21 @@ class Block {
         dot();
         kernel_.widen(rows, rows_.planes, sums_, wide_);
       }
-      kernel_.narrow(rows, wide_, group_scale_ ? value_ : total_);
-      if (group_scale_) kernel_.madd(rows, group_scale_ + g * kernel_.nr, value_, total_);
-      if (!group_zero_) continue;
+      kernel_.narrow(rows, wide_, tile_.group_scale ? value_ : total_);
+      if (tile_.group_scale) kernel_.madd(rows, factors(tile_.group_scale, g), value_, total_);
+      if (!tile_.group_zero) continue;
       for (int r = 0; r < rows; ++r)
         std::fill_n(value_ + r * kernel_.nr, kernel_.nr,
                     group_sum_[(first + r) * depth_.groups + g]);
-      kernel_.madd(rows, group_zero_ + g * kernel_.nr, value_, total_);
+      kernel_.madd(rows, factors(tile_.group_zero, g), value_, total_);
     }
     kernel_.finish(rows, cols_, total_, tile_.row_scale, tile_.scale, tile_.bias, y, y_pitch);
+  }
+
+  // Of a group, for the block's channels.
+  const float* factors(const uint16_t* from, int64_t group) const {
+    kernel_.widen_scales(from + group * kPanel, depth_.groups * kPanel, tile_.panels, factor_);
+    return factor_;
   }
 
   // group_sum_ = the exact sum of a group's activation codes, rounded once.
@@ -306,7 +300,7 @@ class Block {
   const int64_t each_;            // so many panels of the next block does a tile fetch
   const int fields_;              // of a byte: products of a row and a vector of weights
   Tile tile_{};
-  float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;
+  float *scale_, *bias_, *group_sum_, *out_, *value_, *total_, *factor_;
   int32_t *offset_, *sums_;
   double* wide_;
   int64_t c0_ = 0, ahead_ = 0;

@@ -116,15 +116,32 @@ void Grouped::run(const Images& images, int64_t image, int64_t first, int64_t co
   }
 }
 
-void separate_groups(const Conv2dGeometry& g, const Weights& weights, const Depth& depth,
-                     uint8_t* packed) {
-  const int64_t out = g.out_channels / g.groups;
+Weights separate_groups(const Conv2dGeometry& g, const Weights& weights, const Depth& depth,
+                        Scratch& scratch) {
+  const int64_t out = g.out_channels / g.groups, values = depth.groups * kPanel;
+  uint8_t* packed;
+  uint16_t *scale, *zero;
+  scratch.cut(piece(packed, g.groups * depth.steps * kVectorBytes),
+              piece(scale, weights.group_scale ? g.groups * values : 0),
+              piece(zero, weights.group_zero ? g.groups * values : 0));
   std::memset(packed, 0, static_cast<size_t>(g.groups * depth.steps * kVectorBytes));
   for (int64_t n = 0; n < g.out_channels; ++n)
     for (int64_t s = 0; s < depth.steps; ++s)
       std::memcpy(packed + (n / out * depth.steps + s) * kVectorBytes + n % out * 4,
                   weights.packed + (n / kPanel * depth.steps + s) * kVectorBytes + n % kPanel * 4,
                   4);
+  const auto separate = [&](const uint16_t* from, uint16_t* to) {
+    std::fill_n(to, g.groups * values, uint16_t{0});
+    for (int64_t n = 0; n < g.out_channels; ++n)
+      for (int64_t i = 0; i < values; i += kPanel)
+        to[n / out * values + i + n % out] = from[n / kPanel * values + i + n % kPanel];
+    return to;
+  };
+  Weights own = weights;
+  own.packed = packed;
+  if (weights.group_scale) own.group_scale = separate(weights.group_scale, scale);
+  if (weights.group_zero) own.group_zero = separate(weights.group_zero, zero);
+  return own;
 }
 
 }  // namespace lowbit

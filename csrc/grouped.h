@@ -29,8 +29,8 @@ class Grouped {
   GroupedTile tile_{};
 };
 
-// The weights of groups that share panels, in panels of their own: [group][steps][64].
-void separate_groups(const Conv2dGeometry& geometry, const Weights& weights, const Depth& depth,
-                     uint8_t* packed);
+// The weights of groups that share panels, in panels of their own, cut from `scratch`.
+Weights separate_groups(const Conv2dGeometry& geometry, const Weights& weights, const Depth& depth,
+                        Scratch& scratch);
 
 }  // namespace lowbit

@@ -53,7 +53,7 @@ struct Tile {
 
   // Epilogue; columns up to a multiple of 16 are read and written.
   int planes;  // 2: rows 2r and 2r + 1 make one, 256 * hi + lo, within int32
-  const float *group_scale, *group_zero;  // [groups][nr], or null
+  const uint16_t *group_scale, *group_zero;  // float16 [panels][groups][16], or null
   const float* group_sum;     // [rows / planes][groups]: sums of activations, with group_zero
   const float* row_scale;     // [rows / planes]
   const float *scale, *bias;  // [nr]
@@ -218,9 +218,8 @@ struct Kernel {
   // y[c * y_pitch + r] = x[r * x_pitch + c]: pixels to channels first, or back
   void (*transpose)(int64_t rows, int64_t cols, const float* x, ptrdiff_t x_pitch, float* y,
                     ptrdiff_t y_pitch);
-  // dst[g][c] = float(src[c][g]) for float16 src [cols][groups]; columns up to a multiple of 16 are
-  // zeroed
-  void (*expand_groups)(const uint16_t* src, int cols, int64_t groups, float* dst);
+  // to[p][c] = float(from[p][c]), panels of 16 float16; those of `from` are `stride` apart
+  void (*widen_scales)(const uint16_t* from, ptrdiff_t stride, int panels, float* to);
 
   // Codes of a program. y [rows][cols] to q[r][first .. first + cols); residual: null or as q.
   void (*requantize)(const Requantize& to, int64_t rows, int64_t cols, ptrdiff_t first,

@@ -20,7 +20,7 @@ struct Weights {
   int64_t group_size;           // 0: per channel; else a multiple of 32
   const uint8_t* packed;        // [ceil(n / 16), ceil(k / depth), 64]
   const float* scale;           // [n]
-  const uint16_t* group_scale;  // float16 [n, ceil(k / group_size)], or null without groups
+  const uint16_t* group_scale;  // float16 [ceil(n / 16), groups, 16], or null without groups
   const uint16_t* group_zero;   // float16, same shape, or null
   const float* bias;            // [n] or null
   Epilogue epilogue = Epilogue::none;

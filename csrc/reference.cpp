@@ -95,11 +95,11 @@ float epilogue(Epilogue kind, float y) {
   return kind == Epilogue::relu6 && y > 6.0f ? 6.0f : y;
 }
 
-// One output: channel n of the weights (in_panel: its number in `packed`) times the codes a(k). K
-// is made up of taps of `tap` k, of which the first `used` are weights.
+// One output: channel n of the weights (`at` in their panels) times the codes a(k). K is made up of
+// taps of `tap` k, of which the first `used` are weights.
 template <class Codes>
-float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t n, float scale,
-             int64_t tap, int64_t used, const StaticActivation* fixed, Codes a) {
+float output(const Weights& w, int64_t at, int64_t n, float scale, int64_t tap, int64_t used,
+             const StaticActivation* fixed, Codes a) {
   const FormatTraits& f = traits(w.format);
   const int64_t steps = (w.k + f.depth() - 1) / f.depth();
   const int64_t group = w.group_size ? w.group_size : std::max<int64_t>(w.k, 1);
@@ -109,23 +109,23 @@ float output(const Weights& w, const uint8_t* packed, int64_t in_panel, int64_t 
   for (int64_t g = 0; g < groups; ++g) {
     int64_t sum = 0, activations = 0, values = 0, count = 0;
     for (int64_t k = g * group; k < std::min(w.k, (g + 1) * group); ++k) {
-      sum += int64_t{weight(f, packed, steps, in_panel, k)} * a(k);
+      sum += int64_t{weight(f, w.packed, steps, at, k)} * a(k);
       activations += a(k);
-      if (k % tap < used) values += weight(f, packed, steps, in_panel, k), ++count;
+      if (k % tap < used) values += weight(f, w.packed, steps, at, k), ++count;
     }
     double part = static_cast<double>(values);
-    if (w.group_scale) part *= double{from_half(w.group_scale[n * groups + g])};
+    const int64_t in_groups = (at / kPanel * groups + g) * kPanel + at % kPanel;
+    if (w.group_scale) part *= double{from_half(w.group_scale[in_groups])};
     if (w.group_zero)
-      part += double{from_half(w.group_zero[n * groups + g])} * static_cast<double>(count);
+      part += double{from_half(w.group_zero[in_groups])} * static_cast<double>(count);
     weights += part;
     if (!w.group_scale) {
       total = static_cast<float>(sum);
       continue;
     }
-    total = std::fma(from_half(w.group_scale[n * groups + g]), static_cast<float>(sum), total);
+    total = std::fma(from_half(w.group_scale[in_groups]), static_cast<float>(sum), total);
     if (w.group_zero)
-      total =
-          std::fma(from_half(w.group_zero[n * groups + g]), static_cast<float>(activations), total);
+      total = std::fma(from_half(w.group_zero[in_groups]), static_cast<float>(activations), total);
   }
   float bias = w.bias ? w.bias[n] : 0.0f;
   if (fixed && fixed->zero) {
@@ -142,19 +142,16 @@ void linear(const float* x, int64_t m, const Weights& w, Activation activation, 
   for (int64_t r = 0; r < m; ++r) {
     const Quantized q = quantize(x + r * w.k, w.k, activation, fixed);
     for (int64_t n = 0; n < w.n; ++n)
-      y[r * w.n + n] = output(w, w.packed, n, n, q.scale, w.k, w.k, fixed,
+      y[r * w.n + n] = output(w, n, n, q.scale, w.k, w.k, fixed,
                               [&](int64_t k) { return q.codes[static_cast<size_t>(k)]; });
   }
 }
 
 void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activation activation,
             float* y, const StaticActivation* fixed) {
-  const FormatTraits& f = traits(w.format);
   const int64_t in = g.channels / g.groups, out = g.out_channels / g.groups;
   const int64_t tap = tap_channels(w.format, in);
   const bool together = kPanel % out == 0 && out < kPanel;  // groups share panels
-  const int64_t group_bytes =
-      together ? 0 : packed_panels(out) * ((w.k + f.depth() - 1) / f.depth()) * kVectorBytes;
   const int64_t size = g.height * g.width * g.channels;
   std::vector<float> nhwc(static_cast<size_t>(size));
   const int64_t pixels = g.out_height * g.out_width;
@@ -180,8 +177,8 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& w, Activatio
           const int64_t pixel = oy * g.out_width + ox;
           const int64_t at = g.y_channels_last ? pixel * g.out_channels + n : n * pixels + pixel;
           y[image * pixels * g.out_channels + at] =
-              output(w, w.packed + group * group_bytes, together ? n : n % out, n, q.scale, tap, in,
-                     fixed, code);
+              output(w, together ? n : group * packed_panels(out) * kPanel + n % out, n, q.scale,
+                     tap, in, fixed, code);
         }
   }
 }

@@ -17,18 +17,16 @@ struct Taps {
   int64_t tap, used;
 };
 
-// sums[c] = the sum of the values of channel c's weights, of 16 channels from c0 on, without the
-// channel's scale.
+// sums[c] = the sum of the values of the weights of channel c of a panel, without the channel's
+// scale.
 class WeightSums {
  public:
   WeightSums(const Kernel& kernel, const Weights& weights, const Depth& depth, Taps taps,
              Scratch& scratch)
       : kernel_(kernel), weights_(weights), depth_(depth) {
     const int64_t k = weights.k, padded = depth.steps * traits(weights.format).depth();
-    const int64_t scales = weights.group_scale ? depth.groups * kernel.nr : 0;
     scratch.cut(piece(ones_, padded + kVectorBytes),
-                piece(sums_, int64_t{kernel.tall_mr} * kernel.nr), piece(group_scale_, scales),
-                piece(group_zero_, weights.group_zero ? scales : 0),
+                piece(sums_, int64_t{kernel.tall_mr} * kernel.nr),
                 piece(tile_.room, kernel.room(padded)));
     std::memset(ones_, 0, static_cast<size_t>(padded + kVectorBytes));
     for (int64_t i = 0; i < k; ++i) ones_[i] = i % taps.tap < taps.used;
@@ -39,25 +37,25 @@ class WeightSums {
     tile_.sums = sums_;
   }
 
-  void run(const uint8_t* panel, int64_t c0, int cols, double* sums) {
-    const int64_t at = c0 * depth_.groups;
-    if (group_scale_)
-      kernel_.expand_groups(weights_.group_scale + at, cols, depth_.groups, group_scale_);
-    if (group_zero_)
-      kernel_.expand_groups(weights_.group_zero + at, cols, depth_.groups, group_zero_);
+  void run(int64_t index, int cols, double* sums) {
+    const uint8_t* const panel = weights_.packed + index * depth_.steps * kVectorBytes;
     std::fill_n(sums, cols, 0.0);
     for (int64_t g = 0; g < depth_.groups; ++g) {
       double group[kPanel] = {};  // integers below 2^53
       double count = 0;
       for (int64_t i = 0; i < depth_.chunks_per_group; ++i)
         count += add_chunk(panel, depth_.chunk(g, i), cols, group);
-      const float* const scale = group_scale_ ? group_scale_ + g * kernel_.nr : nullptr;
-      const float* const zero = group_zero_ ? group_zero_ + g * kernel_.nr : nullptr;
-      for (int c = 0; c < cols; ++c) {
-        double value = scale ? double{scale[c]} * group[c] : group[c];
-        if (zero) value += double{zero[c]} * count;
-        sums[c] += value;
+      const int64_t at = (index * depth_.groups + g) * kPanel;
+      float factor[kPanel];
+      if (weights_.group_scale) {
+        kernel_.widen_scales(weights_.group_scale + at, 0, 1, factor);
+        for (int c = 0; c < cols; ++c) group[c] *= double{factor[c]};
       }
+      if (weights_.group_zero) {
+        kernel_.widen_scales(weights_.group_zero + at, 0, 1, factor);
+        for (int c = 0; c < cols; ++c) group[c] += double{factor[c]} * count;
+      }
+      for (int c = 0; c < cols; ++c) sums[c] += group[c];
     }
   }
 
@@ -86,7 +84,6 @@ class WeightSums {
   Tile tile_{};
   int8_t* ones_;
   int32_t* sums_;
-  float *group_scale_, *group_zero_;
 };
 
 void make_bias(const Weights& w, int64_t blocks, Taps taps, const StaticActivation& activation,
@@ -109,7 +106,7 @@ void make_bias(const Weights& w, int64_t blocks, Taps taps, const StaticActivati
       const int64_t in_block = p % panels * kPanel, c0 = p / panels * rows + in_block;
       const int cols = static_cast<int>(std::min<int64_t>(kPanel, rows - in_block));
       double sum[kPanel];
-      sums.run(w.packed + p * depth.steps * kVectorBytes, c0, cols, sum);
+      sums.run(p, cols, sum);
       for (int c = 0; c < cols; ++c) {
         const float scale = activation.scale * w.scale[c0 + c];
         const double bias = w.bias ? double{w.bias[c0 + c]} : 0.0;

@@ -210,10 +210,15 @@ def _parse(path: str, text: str) -> File:
         raise FileFormatError(f"{path}: its lowbit metadata is damaged ({error!r})") from error
     if type(version) is not int or version < 1:
         raise FileFormatError(f"{path}: its layout version is {version!r}, no version number")
-    if version > _core.LAYOUT_VERSION:
+    if version != _core.LAYOUT_VERSION:
+        remedy = (
+            "upgrade lowbit"
+            if version > _core.LAYOUT_VERSION
+            else "convert the float model again, or use that lowbit"
+        )
         raise FileFormatError(
             f"{path}: layout version {version}, written by lowbit {header.get('lowbit_version')}; "
-            f"this lowbit reads versions up to {_core.LAYOUT_VERSION}: upgrade lowbit"
+            f"this lowbit reads version {_core.LAYOUT_VERSION}: {remedy}"
         )
     file = File(path)
     name = ""

@@ -23,6 +23,9 @@ ACTIVATION_NAMES = ("activation_scale", "activation_zero")
 _ACTIVATION_DTYPES = (torch.float32, torch.int32)
 DYNAMIC: ActivationTensors = (None, None)
 
+PANEL = 16
+"""Output channels of a panel."""
+
 NAMES = ("weight_packed", "weight_scale", "weight_group_scale", "weight_group_zero", "bias")
 
 
@@ -149,7 +152,7 @@ def tensor_shapes(
         "bias": ((blocks * rows,), torch.float32),
     }
     if group_size:
-        group_shape = (blocks * rows, -(-depth // group_size))
+        group_shape = (blocks * panels, -(-depth // group_size), PANEL)
         shapes["weight_group_scale"] = (group_shape, torch.float16)
         shapes["weight_group_zero"] = (group_shape, torch.float16)
     if static:
@@ -158,6 +161,35 @@ def tensor_shapes(
             for name, dtype in zip(ACTIVATION_NAMES, _ACTIVATION_DTYPES, strict=True)
         }
     return shapes
+
+
+def pack_groups(values: Tensor, blocks: int) -> Tensor:
+    """Scales or zeros of groups [N, G] in the order of the panels: [panels, G, 16].
+
+    Args:
+        values: float16 [N, G], the rows of `blocks` matrices one after the other.
+        blocks: matrices that have panels of their own, see `conv_weight_layout`. What pads the
+            last panel of each is 0.
+    """
+    n, groups = values.shape
+    rows = n // max(blocks, 1)
+    panels = -(-rows // PANEL)
+    padded = values.new_zeros(blocks, panels * PANEL, groups)
+    padded[:, :rows] = values.reshape(blocks, rows, groups)
+    return padded.view(blocks * panels, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def unpack_groups(packed: Tensor, blocks: int, rows: int) -> Tensor:
+    """The inverse of `pack_groups`, for blocks of `rows` channels: [N, G]."""
+    panels, groups, _ = packed.shape
+    values = packed.transpose(1, 2).reshape(blocks, panels // max(blocks, 1) * PANEL, groups)
+    return values[:, :rows].reshape(blocks * rows, groups)
+
+
+def groups_padding_is_zero(packed: Tensor, blocks: int, rows: int) -> bool:
+    """Whether all that `packed` holds beyond its blocks of `rows` channels is 0."""
+    kept = pack_groups(unpack_groups(packed, blocks, rows), blocks)
+    return torch.equal(kept.view(torch.int16), packed.view(torch.int16))
 
 
 def linear_weight(

@@ -41,13 +41,19 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
-def _weights(layer, codes: np.ndarray) -> tuple:
+def _groups(tensor: torch.Tensor | None, n: int, blocks: int) -> np.ndarray | None:
+    """Scales or zeros of a layer's groups, [N, G]."""
+    return None if tensor is None else oracle.unpack_groups(tensor.numpy(), n, blocks)
+
+
+def _weights(layer, codes: np.ndarray, blocks: int = 1) -> tuple:
+    n = len(codes)
     return (
         codes,
         layer.scheme.weight,
         layer.weight_scale.numpy(),
-        _array(layer.weight_group_scale),
-        _array(layer.weight_group_zero),
+        _groups(layer.weight_group_scale, n, blocks),
+        _groups(layer.weight_group_zero, n, blocks),
         layer.scheme.group_size,
         _array(layer.bias),
         layer.scheme.activation,
@@ -104,9 +110,9 @@ def conv2d(layer, x: torch.Tensor) -> torch.Tensor:
     }
     nhwc = np.ascontiguousarray(image.numpy().transpose(0, 2, 3, 1))
     if layer.scheme.static:
-        y = oracle_static.conv2d(nhwc, *_weights(layer, codes), _fixed(layer), **window)
+        y = oracle_static.conv2d(nhwc, *_weights(layer, codes, blocks), _fixed(layer), **window)
     else:
-        y = oracle.conv2d(nhwc, *_weights(layer, codes), **window)
+        y = oracle.conv2d(nhwc, *_weights(layer, codes, blocks), **window)
     return torch.from_numpy(np.ascontiguousarray(y.transpose(0, 3, 1, 2))).to(x.dtype)
 
 
@@ -194,9 +200,11 @@ def _phases(layer) -> Iterator[tuple[tuple[int, int], tuple[np.ndarray, list]]]:
     pairs = list(itertools.product(*order))
     assert len(pairs) == len(layer.parts)
     for (rows, columns), part in zip(pairs, layer.parts, strict=True):
-        names = ("weight_scale", "weight_group_scale", "weight_group_zero")
-        factors = [_array(getattr(part, name)) for name in names]
         blocks = oracle.conv_blocks(part.out_channels, part.groups)
+        factors = [_array(part.weight_scale)] + [
+            _groups(values, part.out_channels, blocks)
+            for values in (part.weight_group_scale, part.weight_group_zero)
+        ]
         packed = np.split(part.weight_packed.numpy(), blocks)
         n, depth = part.out_channels // blocks, part._layout()[2]
         codes = [oracle.unpack(block, layer.scheme.weight, n, depth) for block in packed]

@@ -152,7 +152,12 @@ def kernel_output(core: ModuleType, case: Case, threads: int = 1) -> np.ndarray:
         y = np.empty((batch, out_h, out_w, n), np.float32)
         geometry = (batch, height, width, channels, n, out_h, out_w, kernel, kernel, stride, stride)
         geometry += (padding, padding, dilation, dilation, groups)
-    tensors = (packed, o.scale, o.group_scale, o.group_zero, o.bias)
+    blocks = oracle.conv_blocks(n, case.dims[-1]) if case.op == "conv2d" else 1
+    group_scale, group_zero = (
+        None if values is None else oracle.pack_groups(values, blocks)
+        for values in (o.group_scale, o.group_zero)
+    )
+    tensors = (packed, o.scale, group_scale, group_zero, o.bias)
     weights = tuple(0 if t is None else t.ctypes.data for t in tensors)
     x, out = o.x.ctypes.data, y.ctypes.data
     if case.op == "linear":

@@ -175,7 +175,8 @@ def core_conv2d(
     out_width = oracle.output_size(width, kernel_w, stride[1], left + right, dilation[1])
     y_shape = (batch, out_height, out_width, out_channels)
     y = Guarded.output(y_shape if y_channels_last else tuple(y_shape[i] for i in TO_NCHW))
-    operands, fields = _operands(oracle.pack_conv(weights.codes, weights.fmt, groups), weights)
+    packed = oracle.pack_conv(weights.codes, weights.fmt, groups)
+    operands, fields = _operands(packed, weights, oracle.conv_blocks(out_channels, groups))
     x = Guarded(x if x_channels_last else x.transpose(TO_NCHW))
     geometry = (batch, height, width, channels, out_channels, out_height, out_width)
     geometry += (kernel_h, kernel_w, *stride, top, left, *dilation, groups)
@@ -204,9 +205,13 @@ def core_conv2d(
     return (y.array if y_channels_last else y.array.transpose(TO_NHWC)).copy()
 
 
-def _operands(packed: np.ndarray, weights: Weights) -> tuple[list, list[int]]:
+def _operands(packed: np.ndarray, weights: Weights, blocks: int = 1) -> tuple[list, list[int]]:
     """The weights in guarded memory, and their addresses in the order that `_core` takes."""
-    arrays = (packed, weights.scale, weights.group_scale, weights.group_zero, weights.bias)
+    group_scale, group_zero = (
+        None if values is None else oracle.pack_groups(values, blocks)
+        for values in (weights.group_scale, weights.group_zero)
+    )
+    arrays = (packed, weights.scale, group_scale, group_zero, weights.bias)
     guarded = [None if array is None else Guarded(array) for array in arrays]
     return guarded, [address(g) for g in guarded]
 

@@ -186,6 +186,31 @@ def pack_conv(codes: np.ndarray, fmt: str, groups: int = 1) -> np.ndarray:
     return np.concatenate([pack(part, fmt) for part in blocks])
 
 
+def pack_groups(values: np.ndarray, blocks: int = 1) -> np.ndarray:
+    """Scales or zeros of groups [N, G] as the kernels read them: [panels, G, 16].
+
+    Value [p, g, lane] is that of channel 16 * p + lane. Each of `blocks` parts has panels of its
+    own, as `pack_conv` says; lanes without a channel hold 0.
+    """
+    panels = []
+    for part in np.split(values, blocks):
+        for first in range(0, len(part), LANES):
+            panel = np.zeros((part.shape[1], LANES), values.dtype)
+            channels = part[first : first + LANES]
+            panel[:, : len(channels)] = channels.T
+            panels.append(panel)
+    return np.array(panels, values.dtype).reshape(-1, values.shape[1], LANES)
+
+
+def unpack_groups(packed: np.ndarray, n: int, blocks: int = 1) -> np.ndarray:
+    """The inverse of `pack_groups`: [n, G]."""
+    rows = n // blocks
+    parts = [
+        np.concatenate(list(part.transpose(0, 2, 1)))[:rows] for part in np.split(packed, blocks)
+    ]
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
 # --- 3. Activation quantization ------------------------------------------------------------------
 
 FLT_MIN = np.finfo(np.float32).tiny

@@ -230,8 +230,8 @@ def test_older_cpu_gets_what_it_can_run(cpu, expected, tmp_path):
         "x": x,
         "packed": oracle.pack(weights.codes, "int4"),
         "scale": weights.scale,
-        "group_scale": weights.group_scale,
-        "group_zero": weights.group_zero,
+        "group_scale": oracle.pack_groups(weights.group_scale),
+        "group_zero": oracle.pack_groups(weights.group_zero),
         "bias": weights.bias,
     }
     for name, array in arrays.items():

@@ -416,7 +416,7 @@ def test_every_float16_group_scale_is_exact(isa, flush):
     """All finite ones: also subnormals of float16, also where those of float32 are flushed."""
     scale = np.arange(65536, dtype=np.uint16).view(np.float16)
     scale = scale[np.isfinite(scale)]
-    n = len(scale)
+    n, groups = len(scale), oracle.pack_groups(scale[:, None])
     packed = _core.pack(np.full((n, 32), 9, np.uint8), "int4")  # every weight is 1
     x = np.zeros((1, 32), np.float32)
     x[0, 0] = 127.0  # so that its scale is 1
@@ -424,7 +424,7 @@ def test_every_float16_group_scale_is_exact(isa, flush):
     ones = np.ones(n, np.float32)
     torch.set_flush_denormal(flush)
     try:
-        addresses = [a.ctypes.data for a in (packed, ones, scale)]
+        addresses = [a.ctypes.data for a in (packed, ones, groups)]
         _core.linear(x.ctypes.data, 1, y.ctypes.data, 1, 0, n, 32, 32, *addresses, 0, 0, 1)
     finally:
         torch.set_flush_denormal(False)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from lowbit import inputs
 from lowbit.nn import Conv2d, Linear
+from lowbit.packed import pack_groups
 
 
 def linear_args(layer, x):
@@ -70,7 +71,7 @@ def test_opcheck_linear(scheme, dtype):
 
 def test_opcheck_linear_without_bias_and_with_zeros():
     layer = linear_layer(bias=False)
-    layer.weight_group_zero = torch.randn(33, 3).half()
+    layer.weight_group_zero = pack_groups(torch.randn(33, 3).half(), 1)
     torch.library.opcheck(torch.ops.lowbit.linear.default, linear_args(layer, torch.randn(3, 70)))
     assert expected.same_bits(layer(x := torch.randn(3, 70)), expected.linear(layer, x))
 
@@ -116,10 +117,15 @@ LINEAR_MISTAKES = {
     "scale shape": (2, lambda t: t[:-1], ValueError, r"weight_scale must be .*\[33\]"),
     "scale dtype": (2, lambda t: t.double(), ValueError, "weight_scale must be"),
     "scale strides": (2, lambda t: t.repeat_interleave(2)[::2], ValueError, "contiguous"),
-    "group shape": (3, lambda t: t[:, :-1], ValueError, r"weight_group_scale must be .*\[33, 3\]"),
+    "group shape": (
+        3,
+        lambda t: t[:, :-1],
+        ValueError,
+        r"weight_group_scale must be .*\[3, 3, 16\]",
+    ),
     "group dtype": (3, lambda t: t.float(), ValueError, r"torch\.float16"),
     "no groups": (3, lambda t: None, ValueError, "weight_group_scale is missing"),
-    "zero shape": (4, lambda t: torch.zeros(33, 2).half(), ValueError, "weight_group_zero must"),
+    "zero shape": (4, lambda t: torch.zeros(3, 2, 16).half(), ValueError, "weight_group_zero must"),
     "bias shape": (5, lambda t: torch.zeros(34), ValueError, "bias must be"),
     "bias dtype": (5, lambda t: t.bfloat16(), ValueError, "bias must be"),
     "format": (6, lambda t: "int3", ValueError, "unknown formats 'int3'"),

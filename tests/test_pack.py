@@ -3,10 +3,12 @@
 import numpy as np
 import oracle
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit import _core
+from lowbit.packed import groups_padding_is_zero, pack_groups, unpack_groups
 
 
 def test_tables_are_the_oracles():
@@ -14,7 +16,7 @@ def test_tables_are_the_oracles():
     assert expected == _core.FORMATS
     assert list(_core.FORMATS) == list(expected), "the index of a format is part of the interface"
     assert tuple(_core.ACTIVATIONS) == oracle.ACTIVATIONS
-    assert _core.LAYOUT_VERSION == 1
+    assert _core.LAYOUT_VERSION == 2
 
 
 # The first four bytes of a panel, which are those of its channel 0, for codes written out by hand.
@@ -174,3 +176,28 @@ def test_unknown_format_names_the_known_ones():
     for call in calls:
         with pytest.raises(ValueError, match=r"int3.*ternary"):
             call()
+
+
+@given(st.integers(0, 70), st.integers(0, 5), st.integers(1, 3))
+def test_scales_of_groups_in_panels(rows, groups, blocks):
+    """Against the oracle, and back; what pads the last panel of a block is 0."""
+    values = np.arange(1, blocks * rows * groups + 1).astype(np.int16)
+    values = values.view(np.float16).reshape(blocks * rows, groups)
+    packed = pack_groups(torch.from_numpy(values), blocks)
+    assert packed.shape == (blocks * -(-rows // 16), groups, 16)
+    if values.size:
+        expected = oracle.pack_groups(values, blocks)
+        np.testing.assert_array_equal(packed.numpy().view(np.int16), expected.view(np.int16))
+    assert unpack_groups(packed, blocks, rows).numpy().tobytes() == values.tobytes()
+    assert groups_padding_is_zero(packed, blocks, rows)
+    if rows % 16 and groups:
+        packed[-1, -1, -1] = -0.0
+        assert not groups_padding_is_zero(packed, blocks, rows)
+
+
+def test_a_scale_of_a_group_by_hand():
+    values = np.zeros((40, 3), np.float16)
+    values[21, 2] = 5
+    packed = pack_groups(torch.from_numpy(values), 1)
+    assert packed.shape == (3, 3, 16)
+    assert packed.nonzero().tolist() == [[1, 2, 5]]

@@ -68,7 +68,9 @@ class Network:
         shape = (out_channels, *kernel, channels // groups)
         w = operands.random_weights(self.rng, fmt, shape, group_size, zeros, bias)
         packed = numerics.pack_conv(w.codes, fmt, groups)
-        arrays, addresses = operands._operands(packed, w)
+        arrays, addresses = operands._operands(
+            packed, w, numerics.conv_blocks(out_channels, groups)
+        )
         self.held.append(arrays)
         top, bottom, left, right = padding
         size = [

@@ -74,7 +74,8 @@ def test_files_of_others(tmp_path):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (2, "layout version 2, written by lowbit .*upgrade lowbit"),
+        (3, "layout version 3, written by lowbit .*upgrade lowbit"),
+        (1, "layout version 1, written by lowbit .*convert the float model again"),
         ("x", "no version"),
         (0, "no version"),
     ],

@@ -25,7 +25,7 @@ def test_the_file_is_a_plain_safetensors_file(saved):
     assert set(tensors) == set(model.state_dict())
     with safe_open(path, "pt") as handle:
         header = json.loads(handle.metadata()["lowbit"])
-    assert header["layout_version"] == 1
+    assert header["layout_version"] == 2
     assert header["layers"]["fc"]["class"] == "Linear"
     assert header["layers"]["fc"]["scheme"] == model.fc.scheme.to_dict()
     assert "head" not in header["layers"]

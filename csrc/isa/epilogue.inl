@@ -15,13 +15,21 @@ LOWBIT_INLINE void joined(const Tile& t, const Reg (&sum)[MR][V], Call call) {
   call(sum);
 }
 
+// Where the scales of a group begin, of the panel's channels; register v's are half_at farther.
+inline ptrdiff_t group_at(const Tile& t, int panel, int64_t group) {
+  return (panel * t.groups + group) * kPanel;
+}
+inline ptrdiff_t half_at(const Tile& t, int v) {
+  return v / kRegs * t.groups * kPanel + v % kRegs * kLanes;
+}
+
 // f[r][c] = fma(group_scale, float(sum), f), from 0 in the first group; then the zero points' part.
 template <bool First, int R, int V>
 LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg (&sum)[R][V],
                              float* f) {
-  const ptrdiff_t at = group * kNr + panel * kPanel;
+  const ptrdiff_t at = group_at(t, panel, group);
   LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-    const FloatReg scale = float_load(t.group_scale + at + v * kLanes);
+    const FloatReg scale = half_load(t.group_scale + at + half_at(t, v));
     LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
       float* p = f + (r * V + v) * kLanes;
       const FloatReg before = First ? float_splat(0.0f) : float_load(p);
@@ -33,7 +41,7 @@ LOWBIT_INLINE void add_group(const Tile& t, int panel, int64_t group, const Reg 
     const FloatReg s = float_broadcast(t.group_sum + r * t.groups + group);
     for (int v = 0; v < V; ++v) {
       float* p = f + (r * V + v) * kLanes;
-      float_store(p, fmadd(float_load(t.group_zero + at + v * kLanes), s, float_load(p)));
+      float_store(p, fmadd(half_load(t.group_zero + at + half_at(t, v)), s, float_load(p)));
     }
   }
 }
@@ -138,15 +146,15 @@ LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Loop loop) {
   FloatReg f[MR][V];
   LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) f[r][v] =
       float_splat(0.0f);
-  const float* scale = t.group_scale + panel * kPanel;
+  const uint16_t* scale = t.group_scale + group_at(t, panel, 0);
   int64_t first = 0;
-  for (int64_t g = 0; g < t.groups; ++g, first += t.group_steps, scale += kNr) {
+  for (int64_t g = 0; g < t.groups; ++g, first += t.group_steps, scale += kPanel) {
     const int64_t rest = t.steps - first;
     Reg sum[MR][V];
     start_at_offset(t, g, sum);
     loop(first, rest < t.group_steps ? rest : t.group_steps, sum);
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-      const FloatReg s = float_load(scale + v * kLanes);
+      const FloatReg s = half_load(scale + half_at(t, v));
       LOWBIT_UNROLL for (int r = 0; r < MR; ++r) f[r][v] = fmadd(s, to_float(sum[r][v]), f[r][v]);
     }
   }

@@ -294,31 +294,10 @@ void apply(Epilogue epilogue, int64_t rows, int64_t cols, float* y, ptrdiff_t y_
   }
 }
 
-using Halves = uint16_t __attribute__((vector_size(16)));
-
-inline void transpose_halves(const uint16_t* src, int64_t pitch, uint16_t* dst, int64_t dst_pitch) {
-  Halves a[8];
-  LOWBIT_UNROLL for (int i = 0; i < 8; ++i) __builtin_memcpy(&a[i], src + i * pitch, sizeof(a[i]));
-  transpose_square(a);
-  LOWBIT_UNROLL for (int i = 0; i < 8; ++i)
-      __builtin_memcpy(dst + i * dst_pitch, &a[i], sizeof(a[i]));
-}
-
-void expand_groups(const uint16_t* src, int cols, int64_t groups, float* dst) {
-  for (int64_t g = 0; g < groups; g += 8, dst += 8 * kNr) {
-    const int count = groups - g < 8 ? static_cast<int>(groups - g) : 8;
-    const int padded = (cols + kPanel - 1) / kPanel * kPanel;
-    uint16_t rows[8][kNr];
-    int c = 0;
-    if (count == 8)
-      for (; c + 8 <= cols; c += 8)
-        transpose_halves(src + c * groups + g, groups, &rows[0][c], kNr);
-    for (; c < padded; ++c)
-      for (int i = 0; i < count; ++i) rows[i][c] = c < cols ? src[c * groups + g + i] : uint16_t{0};
-    for (int i = 0; i < count; ++i)
-      for (int v = 0; v < padded; v += kLanes)
-        float_store(dst + i * kNr + v, half_load(&rows[i][v]));
-  }
+void widen_scales(const uint16_t* from, ptrdiff_t stride, int panels, float* to) {
+  for (int p = 0; p < panels; ++p)
+    for (int v = 0; v < kPanel; v += kLanes)
+      float_store(to + p * kPanel + v, half_load(from + p * stride + v));
 }
 
 uint64_t read_all(const void* p, int64_t bytes) {

@@ -49,7 +49,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     finish,
     apply,
     transpose,
-    expand_groups,
+    widen_scales,
     requantize,
     add_codes,
     multiply_codes,

@@ -22,8 +22,10 @@ from lowbit.packed import (
     PackedWeight,
     Tensors,
     activation_problem,
+    pack_groups,
     tensor_shapes,
     tensor_version,
+    unpack_groups,
 )
 from lowbit.quantizers import QuantizedWeight, dequantize_weight
 from lowbit.schemes import Scheme
@@ -46,8 +48,8 @@ class QuantizedLayer(LowbitLayer):
 
         weight_packed       uint8 [panels, steps, 64]
         weight_scale        float32 [N]
-        weight_group_scale  float16 [N, G], with groups only
-        weight_group_zero   float16 [N, G], where an imported checkpoint has zero points
+        weight_group_scale  float16 [ceil(N/16), G, 16], with groups only
+        weight_group_zero   the same, where an imported checkpoint has zero points
         bias                float32 [N], or absent
         format_version      int32 [5]: layout version, bits, mul, add, group size (0 without)
         activation_scale    float32 [], with a static scheme only; 0: not calibrated yet
@@ -191,12 +193,15 @@ class QuantizedLayer(LowbitLayer):
                 block.copy_(
                     torch.from_numpy(_core.unpack(part.numpy(), self.scheme.weight, rows, depth))
                 )
-        group_scale, group_zero = self.weight_group_scale, self.weight_group_zero
+        group_scale, group_zero = (
+            None if values is None else unpack_groups(values.cpu(), blocks, rows)
+            for values in (self.weight_group_scale, self.weight_group_zero)
+        )
         return QuantizedWeight(
             codes,
             self.weight_scale.cpu(),
-            None if group_scale is None else group_scale.cpu(),
-            None if group_zero is None else group_zero.cpu(),
+            group_scale,
+            group_zero,
             FORMATS[self.scheme.weight],
             self.scheme.group_size,
         )
@@ -222,8 +227,10 @@ class QuantizedLayer(LowbitLayer):
                 part.copy_(torch.from_numpy(array))
         self.weight_packed = packed
         self.weight_scale = q.scale
-        self.weight_group_scale = q.group_scale
-        self.weight_group_zero = q.group_zero
+        self.weight_group_scale, self.weight_group_zero = (
+            None if values is None else pack_groups(values, blocks)
+            for values in (q.group_scale, q.group_zero)
+        )
 
     # --- Forward -------------------------------------------------------------------------------
 

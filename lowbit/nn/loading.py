@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lowbit import _core
 from lowbit.formats import FORMATS
-from lowbit.packed import ACTIVATION_NAMES, NAMES, activation_problem, tensor_shapes
+from lowbit.packed import (
+    ACTIVATION_NAMES,
+    NAMES,
+    activation_problem,
+    groups_padding_is_zero,
+    tensor_shapes,
+)
 from lowbit.schemes import Scheme
 
 VERSION_NAME = "format_version"
@@ -74,6 +80,12 @@ def state_problems(
         problems += _activation_problems(scale, zero, scheme)
     if not problems and not _padding_is_zero(found["weight_packed"], scheme.weight, layout):
         problems.append("weight_packed is damaged: codes in its padding are not 0")
+    for name in ("weight_group_scale", "weight_group_zero"):
+        values = found.get(name)
+        if problems or values is None or not _is_readable(values):
+            continue
+        if not groups_padding_is_zero(values, *layout[:2]):
+            problems.append(f"{name} is damaged: its padding is not 0")
     return problems
 
 

@@ -160,8 +160,8 @@ class GuardedWeights {
                  Groups groups, bool bias, Edge edge, int64_t conv_groups = 1)
       : packed_(static_cast<size_t>(conv_groups * group_bytes(format, n / conv_groups, k)), edge),
         scale_(floats(draw, n), edge),
-        group_scale_(halves(draw, groups.size ? n * group_count(k, groups) : 0), edge),
-        group_zero_(halves(draw, groups.zeros ? n * group_count(k, groups) : 0), edge),
+        group_scale_(halves(draw, groups.size ? group_values(n, k, groups, conv_groups) : 0), edge),
+        group_zero_(halves(draw, groups.zeros ? group_values(n, k, groups, conv_groups) : 0), edge),
         bias_(floats(draw, bias ? n : 0), edge),
         weights_{format,
                  n,
@@ -183,8 +183,10 @@ class GuardedWeights {
   void set(Epilogue epilogue) { weights_.epilogue = epilogue; }
 
  private:
-  static int64_t group_count(int64_t k, Groups groups) {
-    return (k + groups.size - 1) / groups.size;
+  // In panels; what pads these may be anything.
+  static int64_t group_values(int64_t n, int64_t k, Groups groups, int64_t conv_groups) {
+    const int64_t panels = conv_groups * packed_panels(n / conv_groups);
+    return panels * ((k + groups.size - 1) / groups.size) * kPanel;
   }
 
   static int64_t group_bytes(Format format, int64_t rows, int64_t k) {

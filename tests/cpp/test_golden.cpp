@@ -90,6 +90,20 @@ std::vector<uint8_t> pad_taps(const std::vector<uint8_t>& codes, int64_t used, i
   return out;
 }
 
+// [n, groups] to panels of 16 channels: [panels, groups, 16]; each block has panels of its own.
+std::vector<uint16_t> in_panels(const std::vector<uint16_t>& values, int64_t n, int64_t groups,
+                                int64_t blocks) {
+  const int64_t rows = n / blocks, panels = packed_panels(rows);
+  std::vector<uint16_t> out(static_cast<size_t>(blocks * panels * groups * kPanel));
+  for (int64_t c = 0; c < n; ++c)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = c / rows * panels * kPanel + c % rows;  // the channel, padding counted
+      out[static_cast<size_t>((at / kPanel * groups + g) * kPanel + at % kPanel)] =
+          values[static_cast<size_t>(c * groups + g)];
+    }
+  return out;
+}
+
 std::string run(const Case& c, int threads) {
   Lcg draw(1);
   const bool is_linear = c.op == "linear";
@@ -107,19 +121,20 @@ std::string run(const Case& c, int threads) {
   const std::vector<uint8_t> codes = pad_taps(drawn, used, k / taps);
   const auto scale =
       draw_all<float>(n, [&] { return static_cast<float>(draw.below(255) + 1) / 4096.0f; });
-  const int64_t group_count = c.group_size ? n * ((k + c.group_size - 1) / c.group_size) : 0;
-  const auto group_scale =
-      draw_all<uint16_t>(group_count, [&] { return draw.below(2048) + 0x3400; });
-  const auto group_zero =
-      draw_all<uint16_t>(c.zeros ? group_count : 0, [&] { return draw.below(2048) + 0xBC00; });
+  const int64_t groups = c.group_size ? (k + c.group_size - 1) / c.group_size : 0;
+  const int64_t blocks = is_linear ? 1 : g.blocks();
+  const auto group_scale = in_panels(
+      draw_all<uint16_t>(n * groups, [&] { return draw.below(2048) + 0x3400; }), n, groups, blocks);
+  const int64_t zeros = c.zeros ? groups : 0;
+  const auto group_zero = in_panels(
+      draw_all<uint16_t>(n * zeros, [&] { return draw.below(2048) + 0xBC00; }), n, zeros, blocks);
   const auto bias =
       draw_all<float>(n, [&] { return static_cast<float>(draw.below(513) - 256) / 128.0f; });
 
-  const int64_t conv_groups = is_linear ? 1 : g.blocks();
-  const int64_t rows = n / conv_groups;
+  const int64_t rows = n / blocks;
   const int64_t bytes = packed_panels(rows) * packed_steps(c.format, k) * kVectorBytes;
-  std::vector<uint8_t> packed(static_cast<size_t>(conv_groups * bytes));
-  for (int64_t i = 0; i < conv_groups; ++i)
+  std::vector<uint8_t> packed(static_cast<size_t>(blocks * bytes));
+  for (int64_t i = 0; i < blocks; ++i)
     pack(codes.data() + i * rows * k, rows, k, c.format, packed.data() + i * bytes);
   const Weights weights{c.format,
                         n,

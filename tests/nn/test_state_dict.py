@@ -17,6 +17,7 @@ from torch import nn
 from lowbit import _core
 from lowbit import nn as lnn
 from lowbit.nn import Conv1d, Conv2d, Linear
+from lowbit.packed import pack_groups
 from lowbit.schemes import Scheme
 
 KINDS = {
@@ -84,7 +85,7 @@ def test_keys_are_plain_tensors():
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
         "weight_packed": ((3, 10, 64), torch.uint8),
         "weight_scale": ((37,), torch.float32),
-        "weight_group_scale": ((37, 3), torch.float16),
+        "weight_group_scale": ((3, 3, 16), torch.float16),
         "bias": ((37,), torch.float32),
         "format_version": ((5,), torch.int32),
     }
@@ -122,7 +123,7 @@ def test_the_activation_is_not_in_the_weights():
 def test_group_zeros_come_and_go(assign):
     layer, x = make("linear", "w4a8-g32")
     shifted = copy.deepcopy(layer)
-    shifted.weight_group_zero = torch.randn(37, 3).half()
+    shifted.weight_group_zero = pack_groups(torch.randn(37, 3).half(), 1)
     assert expected.same_bits(shifted(x), expected.linear(shifted, x))
     assert not torch.equal(shifted(x), layer(x))
     other = empty_like(layer)
@@ -256,7 +257,7 @@ def test_float_weights_are_refused(strict):
 
 def test_zeros_without_groups_are_refused():
     layer, _ = make("linear", "w4a8")
-    state = {**layer.state_dict(), "weight_group_zero": torch.zeros(37, 3).half()}
+    state = {**layer.state_dict(), "weight_group_zero": torch.zeros(3, 3, 16).half()}
     with pytest.raises(RuntimeError, match="weight_group_zero is there, but"):
         layer.load_state_dict(state)
 
@@ -272,6 +273,18 @@ def test_codes_in_the_padding_are_refused(kind, step, strict):
     packed[panel, step, 63] = 1
     with pytest.raises(RuntimeError, match="damaged: codes in its padding"):
         layer.load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("name", ["weight_group_scale", "weight_group_zero"])
+@pytest.mark.parametrize("kind", ["linear", "grouped", "depthwise"])
+def test_scales_in_the_padding_are_refused(kind, name):
+    layer, _ = make(kind, "w4a8-g32")
+    state = copy.deepcopy(layer.state_dict())
+    state["weight_group_zero"] = torch.zeros_like(state["weight_group_scale"])
+    empty_like(layer).load_state_dict(state)
+    state[name][2 if kind == "linear" else 0, 0, 15] = 1
+    with pytest.raises(RuntimeError, match=f"{name} is damaged: its padding"):
+        layer.load_state_dict(state)
 
 
 # --- copies and files ----------------------------------------------------------------------------

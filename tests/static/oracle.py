@@ -12,7 +12,16 @@ import math
 
 import numpy as np
 import oracle_static
-from oracle import FORMATS, conv_blocks, fma, im2col, scaled_sum, tap_channels, unpack
+from oracle import (
+    FORMATS,
+    conv_blocks,
+    fma,
+    im2col,
+    scaled_sum,
+    tap_channels,
+    unpack,
+    unpack_groups,
+)
 
 F32 = np.float32
 FORMAT_NAMES = tuple(FORMATS)
@@ -295,10 +304,12 @@ def _weight(step, channels: int):
     f = FORMATS[fmt]
     shape = (blocks, -(-rows // 16), -(-k // f.depth), 64)
     codes = [unpack(part, fmt, rows, k) for part in _memory(packed, shape, np.uint8)]
-    group_shape = (n, -(-k // group_size)) if group_size else (0, 0)
+    group_shape = (blocks * -(-rows // 16), -(-k // group_size) if group_size else 0, 16)
     kinds = ((F32, (n,)), (np.float16, group_shape), (np.float16, group_shape), (F32, (n,)))
     tensors = tuple(
         _memory(address, shape, dtype) if address else None
         for address, (dtype, shape) in zip(addresses, kinds, strict=True)
     )
-    return fmt, np.concatenate(codes), tensors, group_size
+    scale, *groups, bias = tensors
+    groups = [None if v is None else unpack_groups(v, n, blocks) for v in groups]
+    return fmt, np.concatenate(codes), (scale, *groups, bias), group_size
