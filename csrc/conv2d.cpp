@@ -10,6 +10,7 @@
 #include "grouped.h"
 #include "im2col.h"
 #include "lowbit.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace lowbit {
@@ -188,6 +189,7 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   const int64_t in = g.height * g.width * g.channels,
                 out = g.out_height * g.out_width * g.out_channels;
   if (out == 0) return;
+  prefer_huge_pages(y, static_cast<size_t>(g.batch * out) * sizeof(*y));
   // Codes live for one pass, as many images for each thread as its cache holds, one at least.
   const int64_t bytes = std::max<int64_t>(in * planes(activation), 1);
   const int64_t images = std::max<int64_t>(kPassBytes / bytes, 1) * std::max(threads, 1);

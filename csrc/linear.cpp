@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "lowbit.h"
+#include "pages.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -221,6 +222,7 @@ int64_t linear_work(int64_t m, const Weights& weights) {
 void linear(const float* x, int64_t m, const Weights& weights, Activation activation, float* y,
             int threads, const StaticActivation* fixed) {
   if (weights.n == 0) return;
+  prefer_huge_pages(y, static_cast<size_t>(m * weights.n) * sizeof(*y));
   const UnitScale unit = fixed_scale(fixed);
   const int64_t row_bytes = planes(activation) * code_pitch(weights.k);
   const int64_t rows = std::max(kPassBytes / row_bytes, kMinPassRows);
