@@ -132,7 +132,7 @@ def at_hand(monkeypatch):
 
 
 def test_crops_are_the_same_every_time(at_hand):
-    one, two = photographs.tests(at_hand), photographs.tests(at_hand)
+    one, two = photographs.judging(at_hand), photographs.judging(at_hand)
     assert sum(map(len, one)) == photographs.TEST_CROPS * len(at_hand)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert one[0].shape == (8, 3, 224, 224)
@@ -168,6 +168,14 @@ def test_photographs_of_debian_packages_may_lie_anywhere(monkeypatch, tmp_path):
     (tmp_path / "usr" / "share").mkdir(parents=True)
     (tmp_path / "usr" / "share" / "dog.jpg").touch()
     assert photographs._path("darknet", "/usr/share/dog.jpg") == tmp_path / "usr/share/dog.jpg"
+
+
+def test_the_standard_error_is_that_of_photographs():
+    wanted = torch.eye(2)[torch.zeros(3 * photographs.TEST_CROPS, dtype=torch.int64)]
+    found = wanted.clone()
+    assert photographs.deviation(wanted, found) == 0.0
+    found[: photographs.TEST_CROPS] = torch.tensor([0.0, 1.0])  # of one photograph, all
+    assert photographs.deviation(wanted, found) == pytest.approx(100 / 3)
 
 
 def test_agreement():

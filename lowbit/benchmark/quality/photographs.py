@@ -85,6 +85,8 @@ CALIBRATION = tuple(file for file in PHOTOGRAPHS[1::2] if file not in VALIDATION
 
 CROPS = 4
 """Of each photograph to calibrate with."""
+LEARNING_CROPS = 16
+"""Of each photograph to learn from by descent."""
 TEST_CROPS = 16
 """Of each photograph to test with."""
 BATCH = 8
@@ -121,20 +123,39 @@ def calibration(
     return _batches(x[torch.randperm(len(x), generator=random)])
 
 
-def tests(files: Sequence[File] = TESTS, crops: int = TEST_CROPS) -> list[Tensor]:
+def learning() -> list[Tensor]:
+    """Augmented crops of the photographs to calibrate with, for methods that learn by descent."""
+    return calibration(crops=LEARNING_CROPS, augmented=True, seed=2)
+
+
+def tests() -> list[Tensor]:
     """Batches of crops to test with, photograph after photograph; errors as for `calibration`."""
-    random = torch.Generator().manual_seed(1)
-    return _batches(torch.cat([_crops(_path(*f), crops, _TEST_SIDE, random) for f in files]))
+    return judging(TESTS)
 
 
 def validation() -> list[Tensor]:
     """The same of the photographs for choosing between methods."""
-    return tests(VALIDATION)
+    return judging(VALIDATION)
+
+
+def judging(files: Sequence[File]) -> list[Tensor]:
+    """Batches of crops to judge by, photograph after photograph."""
+    random = torch.Generator().manual_seed(1)
+    return _batches(torch.cat([_crops(_path(*f), TEST_CROPS, _TEST_SIDE, random) for f in files]))
 
 
 def score(wanted: Tensor, found: Tensor) -> float:
     """Per cent of the images with the same first guess, of logits [N, 1000]."""
     return 100 * float((wanted.argmax(1) == found.argmax(1)).double().mean())
+
+
+def deviation(wanted: Tensor, found: Tensor) -> float:
+    """Standard error of the score of `tests`, in per cent.
+
+    Crops of one photograph are much alike: what varies is the mean over each photograph.
+    """
+    same = (wanted.argmax(1) == found.argmax(1)).double().view(-1, TEST_CROPS).mean(1)
+    return 100 * float(same.std() / len(same) ** 0.5)
 
 
 def _path(package: str, file: str) -> Path:
