@@ -83,11 +83,11 @@ VALIDATION = PHOTOGRAPHS[7::8]
 """For choosing between methods: no method learns from them."""
 CALIBRATION = tuple(file for file in PHOTOGRAPHS[1::2] if file not in VALIDATION)
 
-CROPS = 4
+CROPS = 3
 """Of each photograph to calibrate with."""
 LEARNING_CROPS = 16
 """Of each photograph to learn from by descent."""
-TEST_CROPS = 16
+TEST_CROPS = 12
 """Of each photograph to test with."""
 BATCH = 8
 _CALIBRATION_SIDE, _TEST_SIDE = 0.3, 0.7  # of the shorter side, at least

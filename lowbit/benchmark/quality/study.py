@@ -99,7 +99,16 @@ _MIXED = {
     "re:.*_depthwise_conv": "w8a8",
     "_fc": "w2a8-g64-descent",
 }
+# int16 activations cost no bytes.
+_MIXED_A16 = {
+    r"_blocks.0._depthwise_conv": "w8a16-descent",
+    r"re:_conv_stem|_blocks\.[0-5]\..*|.*_depthwise_conv": "w8a16",
+    "_fc": "w2a16-g64-descent",
+}
 _FIRST_DEPTHWISE = {"_blocks.0._depthwise_conv": "w8a16"}
+# The network's worst layer at 8 bits (19 dB alone, all others above 31): channels whose weights of
+# up to 17 cancel on a nearly constant input.
+_FIRST_LEARNED = {"_blocks.0._depthwise_conv": "w8a8-static-descent"}
 
 
 def _curve(
@@ -128,6 +137,7 @@ def _curve(
 
 
 BLOCK_STEPS = 100
+DISTILL_STEPS = 150
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -140,6 +150,22 @@ NETWORKS: Mapping[str, Network] = {
             Method("w8a8", goal="w8a8"),
             *_curve("w8a8", "w8a8", "mse gptq gptq+bias"),
             Method("w8a8", overrides=_FIRST_DEPTHWISE, text="w8a16 in the first depthwise layer"),
+            Method("w8a8-static", True, goal="w8a8"),
+            Method(
+                "w8a8-static",
+                True,
+                overrides=_FIRST_LEARNED,
+                goal="w8a8",
+                text="descent in the first depthwise layer",
+            ),
+            Method(
+                "w8a8-static",
+                True,
+                overrides=_FIRST_LEARNED,
+                goal="w8a8",
+                text="descent in the first depthwise layer, distilled",
+                distill=DISTILL_STEPS,
+            ),
             Method("w8a16"),
             Method("w8a8", text="float32 weights", float_weights=True),
             *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
@@ -153,6 +179,16 @@ NETWORKS: Mapping[str, Network] = {
                     ({"correct_bias": True}, "mixed, bias correction"),
                     ({"block_steps": BLOCK_STEPS}, "mixed, blocks"),
                 )
+            ),
+            Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
+            Method(
+                "w4a16-descent",
+                True,
+                {},
+                _MIXED_A16,
+                "mixed",
+                "mixed, distilled",
+                distill=DISTILL_STEPS,
             ),
         ],
         _first,
