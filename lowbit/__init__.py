@@ -34,6 +34,7 @@ from lowbit.mixed.search import search
 from lowbit.mixed.sensitivity import sensitivity
 from lowbit.qat import prepare_qat
 from lowbit.report import Report, summary
+from lowbit.rounding.distill import distill_
 from lowbit.rounding.equalize import equalize
 from lowbit.rounding.smooth import smooth
 from lowbit.schemes import RECIPES, Scheme
@@ -51,6 +52,7 @@ __all__ = [
     "compare",
     "convert",
     "cpu_info",
+    "distill_",
     "equalize",
     "fuse",
     "load_file",

@@ -141,6 +141,55 @@ def _is_weight(layer: Any, q: QuantizedWeight) -> Tensor:
     return torch.arange(k) % (k // taps) < layer.weight_shape[1]
 
 
+class Learner:
+    """Learns what soft layers have to learn, and gives it to the lowbit layers.
+
+    Args:
+        layers: lowbit layers, by any keys.
+        steps: how many there will be: Adam's rates fall to zero as a cosine.
+        rate: factor of the rates.
+    """
+
+    def __init__(self, layers: Mapping[int, Any], steps: int, rate: float = 1.0) -> None:
+        self.layers = layers
+        self.soft = {key: SoftLayer(layer) for key, layer in layers.items()}
+        self._learned = [p for soft in self.soft.values() for p in soft.parameters.values()]
+        groups = [
+            {"params": [p], "lr": rate * _RATES[name]}
+            for soft in self.soft.values()
+            for name, p in soft.parameters.items()
+        ]
+        self._optimizer = torch.optim.Adam(groups)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(1, steps))
+        self.keep()
+
+    def step(self, loss: Tensor) -> None:
+        """One step down a loss that the soft layers' outputs went into."""
+        # Not backward(): the model's own parameters get no gradients.
+        slopes = torch.autograd.grad(loss, self._learned, allow_unused=True)
+        for parameter, slope in zip(self._learned, slopes, strict=True):
+            parameter.grad = slope
+        self._optimizer.step()
+        self._schedule.step()
+
+    def store(self) -> None:
+        """Gives the lowbit layers what was learned so far."""
+        for soft in self.soft.values():
+            soft.store()
+
+    def keep(self) -> None:
+        """Remembers the lowbit layers as they are."""
+        self._kept = {
+            key: (layer.quantized_weight(), layer.bias) for key, layer in self.layers.items()
+        }
+
+    def restore(self) -> None:
+        """Makes the lowbit layers what they were at the last `keep`."""
+        for key, (q, bias) in self._kept.items():
+            self.layers[key].set_quantized_weight(q)
+            self.layers[key].bias = bias
+
+
 def learn(
     block: nn.Module,
     layers: Mapping[int, Any],
@@ -161,33 +210,22 @@ def learn(
         steps: of Adam, each on one sample, at a rate that falls to zero as a cosine.
         seed: of the order of the samples.
     """
-    kept = {key: (layer.quantized_weight(), layer.bias) for key, layer in layers.items()}
     lowbit = {key: layer.forward for key, layer in layers.items()}
     with replace(lowbit):
         before = _error(block, samples)
-    soft = {key: SoftLayer(layer) for key, layer in layers.items()}
-    learned = [(name, p) for layer in soft.values() for name, p in layer.parameters.items()]
-    optimizer = torch.optim.Adam([{"params": [p], "lr": _RATES[name]} for name, p in learned])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    with replace({key: layer.forward for key, layer in soft.items()}), torch.enable_grad():
+    learner = Learner(layers, steps)
+    soft = {key: layer.forward for key, layer in learner.soft.items()}
+    with replace(soft), torch.enable_grad():
         for sample in _shuffled(samples, steps, seed):
             loss = (_output(block, sample.call) - sample.target).square().mean()
             if not loss.isfinite():
                 break
-            # Not backward(): the model's own parameters get no gradients.
-            slopes = torch.autograd.grad(loss, [p for _, p in learned], allow_unused=True)
-            for (_, parameter), slope in zip(learned, slopes, strict=True):
-                parameter.grad = slope
-            optimizer.step()
-            schedule.step()
-    for layer in soft.values():
-        layer.store()
+            learner.step(loss)
+    learner.store()
     with replace(lowbit):
         after = _error(block, samples)
     if not after < before:
-        for key, (q, bias) in kept.items():
-            layers[key].set_quantized_weight(q)
-            layers[key].bias = bias
+        learner.restore()
         after = before
     return before, after
 

@@ -50,7 +50,7 @@ def table(network: Network, rows: Sequence[tuple[Method, QualityResult]]) -> str
             [
                 method.label,
                 "yes" if method.data else "",
-                f"{result.score:.{network.digits}f}",
+                _score(network, result),
                 "" if target is None else f"{target:g}",
                 met,
                 f"{result.size:,}",
@@ -60,6 +60,11 @@ def table(network: Network, rows: Sequence[tuple[Method, QualityResult]]) -> str
     headers = ["method", "data", network.unit, "target", "met", "bytes", "seconds"]
     right = ("left", "left", "right", "right", "left", "right", "right")
     return tabulate(cells, headers, "github", colalign=right, disable_numparse=True)
+
+
+def _score(network: Network, result: QualityResult) -> str:
+    text = f"{result.score:.{network.digits}f}"
+    return f"{text} ±{result.deviation:.{network.digits}f}" if result.deviation else text
 
 
 def verdict(network: Network, goal: str, rows: Sequence[tuple[Method, QualityResult]]) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lowbit.baselines import run, weight_bytes
 from lowbit.benchmark.quality import clothes, photographs, sentences
 from lowbit.benchmark.runner import SavedCase
-from lowbit.convert import quantize
+from lowbit.convert import quantize, quantize_
 from lowbit.qat.fake import fake_activation
 from lowbit.quality import floating_tensors
 from lowbit.report import summary
+from lowbit.rounding.distill import distill_
 from lowbit.rounding.equalize import equalize
 from lowbit.schemes import Scheme
 
@@ -37,6 +38,8 @@ class Method:
         equalized: whether channels are equalized first, what is ReLU6 becoming ReLU.
         float_weights: whether only the activations are rounded, as the scheme does it: what no
             choice of weights gets past.
+        distill: for how many steps the converted model learns from the float one, on the data of
+            `learning`.
     """
 
     scheme: str
@@ -47,6 +50,7 @@ class Method:
     text: str = ""
     equalized: bool = False
     float_weights: bool = False
+    distill: int = 0
 
     @property
     def label(self) -> str:
@@ -60,7 +64,8 @@ class Network:
 
     Attributes:
         title: of its table.
-        data: a module with `load`, `calibration`, `tests` and `score`.
+        data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
+            standard error of the score, and `learning`, if a method needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -94,7 +99,16 @@ _MIXED = {
     "re:.*_depthwise_conv": "w8a8",
     "_fc": "w2a8-g64-descent",
 }
+# int16 activations cost no bytes.
+_MIXED_A16 = {
+    r"_blocks.0._depthwise_conv": "w8a16-descent",
+    r"re:_conv_stem|_blocks\.[0-5]\..*|.*_depthwise_conv": "w8a16",
+    "_fc": "w2a16-g64-descent",
+}
 _FIRST_DEPTHWISE = {"_blocks.0._depthwise_conv": "w8a16"}
+# The network's worst layer at 8 bits (19 dB alone, all others above 31): channels whose weights of
+# up to 17 cancel on a nearly constant input.
+_FIRST_LEARNED = {"_blocks.0._depthwise_conv": "w8a8-static-descent"}
 
 
 def _curve(
@@ -123,6 +137,7 @@ def _curve(
 
 
 BLOCK_STEPS = 100
+DISTILL_STEPS = 150
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -135,6 +150,22 @@ NETWORKS: Mapping[str, Network] = {
             Method("w8a8", goal="w8a8"),
             *_curve("w8a8", "w8a8", "mse gptq gptq+bias"),
             Method("w8a8", overrides=_FIRST_DEPTHWISE, text="w8a16 in the first depthwise layer"),
+            Method("w8a8-static", True, goal="w8a8"),
+            Method(
+                "w8a8-static",
+                True,
+                overrides=_FIRST_LEARNED,
+                goal="w8a8",
+                text="descent in the first depthwise layer",
+            ),
+            Method(
+                "w8a8-static",
+                True,
+                overrides=_FIRST_LEARNED,
+                goal="w8a8",
+                text="descent in the first depthwise layer, distilled",
+                distill=DISTILL_STEPS,
+            ),
             Method("w8a16"),
             Method("w8a8", text="float32 weights", float_weights=True),
             *_curve("w4a8", "w4a8", "minmax default hqq default+bias gptq adaround descent"),
@@ -148,6 +179,16 @@ NETWORKS: Mapping[str, Network] = {
                     ({"correct_bias": True}, "mixed, bias correction"),
                     ({"block_steps": BLOCK_STEPS}, "mixed, blocks"),
                 )
+            ),
+            Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
+            Method(
+                "w4a16-descent",
+                True,
+                {},
+                _MIXED_A16,
+                "mixed",
+                "mixed, distilled",
+                distill=DISTILL_STEPS,
             ),
         ],
         _first,
@@ -214,7 +255,8 @@ class QualityCase(SavedCase):
     def cost(self) -> float:
         """Roughly how many seconds it takes."""
         method = self.chosen
-        return 15.0 + 60.0 * method.data + 120.0 * bool(method.options.get("block_steps"))
+        learned = 120.0 * bool(method.options.get("block_steps")) + 1.0 * method.distill
+        return 15.0 + 60.0 * method.data + learned
 
 
 def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
@@ -232,6 +274,7 @@ class QualityResult:
         float_size: the same of the float model.
         seconds: what `lowbit.quantize` took.
         threads: torch's.
+        deviation: standard error of the score; 0 where it is not known.
     """
 
     score: float
@@ -239,6 +282,7 @@ class QualityResult:
     float_size: int
     seconds: float
     threads: int
+    deviation: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -258,9 +302,14 @@ def measure(case: QualityCase) -> QualityResult:
     source = equalize(model, relu6="relu") if method.equalized else model
     if method.data:
         options["calibration"] = network.data.calibration()
+    learning = network.data.learning() if method.distill else None
     begin = time.perf_counter()
     if method.float_weights:
         quantized = rounded_inputs(model, Scheme.parse(method.scheme))
+    elif learning is not None:  # layer by layer, also where activations are static
+        quantized = copy.deepcopy(source)
+        quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
+        distill_(quantized, model, learning, steps=method.distill)
     else:
         quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
@@ -275,7 +324,9 @@ def measure(case: QualityCase) -> QualityResult:
     if not method.float_weights:
         report = summary(quantized)
         size, float_size = report.bytes_after, report.bytes_before
-    return QualityResult(score, size, float_size, seconds, torch.get_num_threads())
+    deviation = getattr(network.data, "deviation", None)
+    spread = 0.0 if deviation is None else float(deviation(wanted, found))
+    return QualityResult(score, size, float_size, seconds, torch.get_num_threads(), spread)
 
 
 def rounded_inputs(model: nn.Module, scheme: Scheme) -> nn.Module:
