@@ -201,14 +201,18 @@ class Choices:
             if choice is not None:
                 self.measure(choice, "Pareto front")
 
-    def least_damage(self, limit: float, max_bytes: float) -> Trial | None:
-        """The trial that loses least, of those that cost at most `limit` and weigh no more."""
-        allowed = [
+    def allowed(self, limit: float, max_bytes: float) -> list[Trial]:
+        """The trials that cost at most `limit` and weigh no more, the least damage first."""
+        found = [
             trial
             for trial in self.trials.values()
             if self.cost(trial.choice) <= limit and trial.bytes <= max_bytes
         ]
-        return min(allowed, key=lambda t: (t.damage, t.bytes, t.choice), default=None)
+        return sorted(found, key=lambda t: (t.damage, t.bytes, t.choice))
+
+    def least_damage(self, limit: float, max_bytes: float) -> Trial | None:
+        """The first of `allowed`."""
+        return next(iter(self.allowed(limit, max_bytes)), None)
 
     def cheapest(self, floor: Budget, without: Iterable[tuple[int, ...]] = ()) -> Trial | None:
         """The trial that costs least, of those that keep to a floor of quality."""
