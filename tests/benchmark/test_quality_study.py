@@ -10,7 +10,6 @@ from torch import nn
 from lowbit.benchmark import worker
 from lowbit.benchmark.quality import clothes, page, photographs, sentences, study
 from lowbit.benchmark.quality.study import Method, Network, QualityCase, QualityResult, measure
-from lowbit.demo.photographs import PHOTOS
 from lowbit.schemes import Scheme
 
 
@@ -116,18 +115,25 @@ def test_a_target_without_a_measurement_is_named(tiny):
     assert "small: not measured." in page.page(found, "a command")
 
 
-def test_photographs_to_test_are_not_those_to_calibrate_with():
-    tested = {(photo.package, photo.file) for photo in PHOTOS}
-    assert not tested & set(photographs.CALIBRATION)
-    motifs = {file.rsplit("/", 1)[1].split("_")[0] for _, file in photographs.CALIBRATION}
-    assert "motorcycle" not in motifs  # both sides of that stereo pair show the same
+def test_photographs_are_each_of_one_part():
+    parts = (photographs.TESTS, photographs.VALIDATION, photographs.CALIBRATION)
+    together = [file for part in parts for file in part]
+    assert sorted(together) == sorted(set(photographs.PHOTOGRAPHS))
+    assert [len(part) for part in parts] == [40, 10, 30]
 
 
-def test_crops_are_the_same_every_time():
+@pytest.fixture
+def at_hand(monkeypatch):
+    """Only the photographs of a package that the tests have."""
     pytest.importorskip("skimage")
-    pytest.importorskip("efficientnet_lite_pytorch")
-    one, two = photographs.tests(), photographs.tests()
-    assert sum(map(len, one)) == photographs.TEST_CROPS * len(PHOTOS)
+    files = tuple(file for file in photographs.PHOTOGRAPHS if file[0] == "skimage")
+    assert len(files) == 6
+    return files
+
+
+def test_crops_are_the_same_every_time(at_hand):
+    one, two = photographs.tests(at_hand), photographs.tests(at_hand)
+    assert sum(map(len, one)) == photographs.TEST_CROPS * len(at_hand)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert one[0].shape == (8, 3, 224, 224)
     assert one[0].is_contiguous(memory_format=torch.channels_last)
@@ -135,10 +141,33 @@ def test_crops_are_the_same_every_time():
     assert -1.0 <= float(one[0].min()) < float(one[0].max()) <= 1.01
 
 
+def test_augmented_crops_differ_in_their_colours(at_hand):
+    plain, other, again = (
+        photographs.calibration(at_hand[:2], 4, augmented) for augmented in (False, True, True)
+    )
+    assert len(plain) == len(other) == 1
+    assert torch.equal(other[0], again[0])
+    assert other[0].shape == plain[0].shape == (8, 3, 224, 224)
+    assert not torch.equal(other[0], plain[0])
+    assert -1.0 <= float(other[0].min()) < float(other[0].max()) <= 1.0
+    wanted = photographs._jittered(torch.zeros(4, 3, 2, 2), torch.Generator())
+    # One grey has neither contrast nor saturation to vary.
+    assert torch.equal(wanted, wanted[:, :1, :1, :1].expand_as(wanted))
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(photographs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps scikit-learn"):
         photographs._path("sklearn", "datasets/images/china.jpg")
+
+
+def test_photographs_of_debian_packages_may_lie_anywhere(monkeypatch, tmp_path):
+    monkeypatch.setenv(photographs.ROOT, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="apt-get download darknet"):
+        photographs._path("darknet", "/usr/share/dog.jpg")
+    (tmp_path / "usr" / "share").mkdir(parents=True)
+    (tmp_path / "usr" / "share" / "dog.jpg").touch()
+    assert photographs._path("darknet", "/usr/share/dog.jpg") == tmp_path / "usr/share/dog.jpg"
 
 
 def test_agreement():
