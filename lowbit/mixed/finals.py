@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,8 @@ class Finals:
     ) -> None:
         self._model, self._measurer, self._conversion = model, measurer, conversion
         self._names = names
+        self.learn = bool(conversion.options) or any(Scheme.parse(name).learns for name in names)
+        """Whether layers learn from data together."""
         self._found: dict[tuple[int, ...], Final] = {}
 
     def converted(self, assignment: Assignment) -> nn.Module:
@@ -138,8 +140,3 @@ class Finals:
             return Confirmation(None, hidden, mean, math.nan, math.nan, math.nan)
         excess, error = losses.excess(best.losses, held)
         return Confirmation(best.uniform, hidden, mean, best.losses.mean(held), excess, error)
-
-
-def learns(assignment: Mapping[str, str | None]) -> bool:
-    """Whether converting it learns from data."""
-    return any(Scheme.parse(name).learns for name in assignment.values() if name is not None)

@@ -318,7 +318,7 @@ class _Run:
             max_bytes: of the whole model.
             rounds: of refinement.
         """
-        choices = self._choices
+        choices, finals = self._choices, self._finals
 
         def best() -> Trial | None:
             return choices.least_damage(room, max_bytes)
@@ -327,21 +327,27 @@ class _Run:
             choices.propose_within(room)
 
         propose()
-        for _ in range(rounds):
+        # Layers that learn make up for those before them: in a model of layers that did not learn
+        # together a refinement finds what is best for that model.
+        for _ in range(0 if finals.learn else rounds):
             before = best()
             choices.refine(best, propose)
             if best() is before:
                 break
-        uniforms = [choices.measure(choices.choice_of(name), "uniform") for name in self._names]
         allowed = choices.allowed(room, max_bytes)
         if not allowed:
             return None
-        fitting = {trial.choice for trial in uniforms} & {trial.choice for trial in allowed}
-        self.fitting = [self._finals.measure(choices, choice) for choice in sorted(fitting)]
-        mixes = [trial for trial in allowed if trial.choice not in fitting][:_FINALS]
-        return self._finals.pick(
-            [self._finals.measure(choices, trial.choice) for trial in mixes], self.fitting
-        )
+        uniforms = {choices.choice_of(name) for name in self._names}
+        fitting = sorted(uniforms & {trial.choice for trial in allowed})
+        self.fitting = [finals.measure(choices, choice) for choice in fitting]
+        mixes = [trial.choice for trial in allowed if trial.choice not in fitting][:_FINALS]
+        if finals.learn and self.fitting:
+            base = min(self.fitting, key=lambda f: f.losses.mean(self._measurer.looked))
+            # The first ones change least, which is where the knapsack is most sure.
+            ways = choices.exchanges(base.choice, room)
+            mixes = [choice for choice in ways if choice not in fitting]
+            mixes = [c for c in mixes if choices.measure(c, "exchanging").bytes <= max_bytes]
+        return finals.pick([finals.measure(choices, choice) for choice in mixes], self.fitting)
 
     def within_seconds(self, limit: float) -> _Result:
         """The least damage that takes at most `limit` seconds for the first batch."""
