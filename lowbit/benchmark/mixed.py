@@ -1,12 +1,12 @@
 """Mixed schemes that `lowbit.search` finds against uniform ones of the same bytes.
 
-EfficientNet-Lite0 over crops of photographs. Quantizers learn from one half of the photographs to
-calibrate with, the search looks at the other half, and what it finds is judged on crops of further
-photographs (`lowbit.benchmark.quality.photographs`).
+Quantizers learn from one part of the data, the search looks at another, and what it finds is judged
+on a third (`mixed_networks`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
-from lowbit.baselines import run as run_model
 from lowbit.baselines import weight_bytes
-from lowbit.benchmark.quality import photographs
+from lowbit.benchmark.mixed_networks import NETWORKS, Network
 from lowbit.mixed.found import Found
 from lowbit.mixed.journal import Journal, fingerprint
 from lowbit.mixed.layers import Conversion
 from lowbit.mixed.search import search_many
-from lowbit.quality import Quality, QualityMeter
+from lowbit.report import summary
 from lowbit.schemes import Scheme
 
 Progress = Callable[[str, float], None]
@@ -35,21 +33,35 @@ class Options:
     """What is measured.
 
     Attributes:
-        schemes: what the search may choose from; the first is the one whose half the target is
-            about.
+        network: a name in `NETWORKS`.
+        learned: whether the schemes are those that learn from data.
+        schemes: what the search may choose from; None for the network's. The first is the one whose
+            half the target is about.
         uniform: schemes for the whole model, judged beside what the search finds for their bytes.
-        batches: of 8 crops, that the search looks at.
-        test_batches: of 8 crops, that the results are judged on.
         rounds: of refinement.
         quantize: further arguments of `lowbit.quantize`.
     """
 
-    schemes: tuple[str, ...] = ("w8a8", "w8a16", "w4a8-descent", "w2a8-g64-descent")
-    uniform: tuple[str, ...] = ("w8a8", "w4a8-descent", "w4a8-g32-descent", "w2a8-g64-descent")
-    batches: int = 5
-    test_batches: int = 30
+    network: str
+    learned: bool = True
+    schemes: tuple[str, ...] | None = None
+    uniform: tuple[str, ...] | None = None
     rounds: int = 1
     quantize: Mapping[str, Any] | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """`schemes`, or the network's."""
+        return self.schemes or _network(self).schemes[0 if self.learned else 1]
+
+    @property
+    def uniforms(self) -> tuple[str, ...]:
+        """`uniform`, or the network's."""
+        return self.uniform or _network(self).uniform[0 if self.learned else 1]
+
+
+def _network(options: Options) -> Network:
+    return NETWORKS[options.network]
 
 
 @dataclass(frozen=True)
@@ -59,48 +71,64 @@ class Line:
     Attributes:
         name: a scheme, or what was searched for.
         bytes: parameters and buffers.
-        quality: on the crops to judge by.
+        layer_bytes: of these, what belongs to layers that convert.
+        figures: on the data to judge by, by the headers of the network.
         mixed: whether it was searched for.
         layers: how many layers have each scheme.
+        seconds: of the processor that converting it took; of a mix, that its search took, what it
+            shares with the searches before it left out.
     """
 
     name: str
     bytes: int
-    quality: Quality
+    layer_bytes: int
+    figures: Mapping[str, float]
     mixed: bool
     layers: Mapping[str, int]
+    seconds: float
 
 
 def run(options: Options, folder: Path, progress: Progress) -> list[Line]:
     """Measures everything; goes on from what lies in `folder`."""
-    model = photographs.load()
-    # Of other photographs, too: learned layers do better on crops of those that they have seen.
-    learn, look = (photographs.calibration(photographs.CALIBRATION[i::2]) for i in (0, 1))
-    look = look[: options.batches]
-    tests = photographs.tests()
-    tests = tests[:: max(1, len(tests) // options.test_batches)]
-    conversion = Conversion(calibration=learn, options=dict(options.quantize or {}))
+    network = _network(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, data = network.load(), network.data()
+    forward = network.forward
+    conversion = Conversion(
+        calibration=data.learn, forward_fn=forward, options=dict(options.quantize or {})
+    )
     header = {"model": fingerprint(model), "options": repr(options)}
     journal = Journal(folder / "judged.jsonl", header)
+    clock = [time.process_time()]
+
+    def lap() -> float:
+        before, clock[0] = clock[0], time.process_time()
+        return clock[0] - before
+
     with torch.inference_mode():
-        wanted = [run_model(model, x) for x in tests]
+        wanted = [forward(model, x) for x in data.tests]
 
     def judged(copy: nn.Module) -> dict[str, Any]:
-        meter = QualityMeter("classification")
+        seconds = lap()
         with torch.inference_mode():
-            for reference, x in zip(wanted, tests, strict=True):
-                meter.update(reference, run_model(copy, x), x)
-        return {"bytes": weight_bytes(copy), "quality": meter.result().to_dict()}
+            outputs = [forward(copy, x) for x in data.tests]
+        figures = network.figures(torch.cat(wanted), torch.cat(outputs))
+        clock[0] = time.process_time()  # judging is no part of what a search costs
+        return {"bytes": weight_bytes(copy), "figures": figures, "seconds": seconds}
 
     def uniform(scheme: Scheme) -> dict[str, Any]:
-        return judged(conversion.quantize(model, scheme))
+        lap()
+        copy = conversion.quantize(model, scheme)
+        own = sum(row.bytes_after for row in summary(copy).converted)
+        return judged(copy) | {"layer_bytes": own}
 
     lines = []
-    for name in options.uniform:
+    for name in options.uniforms:
         progress(name, 0.0)
-        entry = journal.get(name, partial(uniform, Scheme.parse(name)))
-        lines.append(Line(name, entry["bytes"], Quality(**entry["quality"]), False, {}))
-    limits = _limits(lines)
+        found = journal.get(name, partial(uniform, Scheme.parse(name)))
+        lines.append(Line(name=name, mixed=False, layers={}, **found))
+    fixed = lines[0].bytes - lines[0].layer_bytes  # what no scheme converts
+    limits = searched_for(lines)
     missing = [limit for limit in limits if f"{limit} bytes" not in journal]
 
     def keep(found: Found, copy: nn.Module) -> None:
@@ -108,88 +136,40 @@ def run(options: Options, folder: Path, progress: Progress) -> list[Line]:
         journal.get(f"{missing.pop(0)} bytes", partial(dict, entry))
 
     if missing:
+        lap()
         search_many(
             model,
-            look,
+            data.look,
             list(missing),
-            options.schemes,
-            task="classification",
+            options.choices,
+            task=network.task,
             allow_slower=True,
             rounds=options.rounds,
             front=0,
-            calibration=learn,
+            forward_fn=forward,
+            calibration=data.learn,
             options=options.quantize,
             resume=folder / "search.jsonl",
             progress=progress,
             each=keep,
         )
     for limit, name in limits.items():
-        entry = journal.get(f"{limit} bytes", dict)
-        chosen = [scheme or "float" for scheme in entry["schemes"].values()]
+        entry = dict(journal.get(f"{limit} bytes", dict))
+        chosen = [scheme or "float" for scheme in entry.pop("schemes").values()]
         counts = {scheme: chosen.count(scheme) for scheme in dict.fromkeys(sorted(chosen))}
-        lines.append(Line(name, entry["bytes"], Quality(**entry["quality"]), True, counts))
+        size = entry["bytes"] - fixed
+        lines.append(Line(name=name, mixed=True, layers=counts, layer_bytes=size, **entry))
     return lines
 
 
-def _limits(lines: Sequence[Line]) -> dict[int, str]:
+def searched_for(lines: Sequence[Line]) -> dict[int, str]:
     """Bytes to search for, and what they are.
 
-    Half of the first scheme's, and those of each scheme between the largest and the smallest: at
-    these two there is nothing to choose.
+    Half of the first scheme's layers, and those of each scheme between the largest and the
+    smallest: at these two there is nothing to choose.
     """
     sizes = sorted(line.bytes for line in lines)
-    limits = {lines[0].bytes // 2: f"half of {lines[0].name}"}
+    first = lines[0]
+    half = first.bytes - (first.layer_bytes + 1) // 2
     between = [line for line in lines if sizes[0] < line.bytes < sizes[-1]]
-    return limits | {line.bytes: f"as {line.name}" for line in between}
-
-
-def page(lines: Sequence[Line], command: str, target: float = 0.93) -> str:
-    """The table in Markdown, smallest first, and what it says of the target."""
-    cells = [
-        [
-            "mixed" if line.mixed else "uniform",
-            line.name,
-            f"{line.bytes:,}",
-            _share(line.quality.top1_agreement),
-            f"{line.quality.kl_divergence:.3g}",
-            f"{line.quality.sqnr_db:.1f}",
-            ", ".join(f"{count} {name}" for name, count in line.layers.items()),
-        ]
-        for line in sorted(lines, key=lambda line: (line.bytes, line.mixed))
-    ]
-    headers = ["", "scheme", "bytes", "top-1 agreement, %", "KL, nats", "SQNR, dB", "layers"]
-    align = ("left", "left", "right", "right", "right", "right", "left")
-    table = tabulate(cells, headers, "github", colalign=align, disable_numparse=True)
-    half = next(line for line in lines if line.mixed and line.name.startswith("half"))
-    agreement = half.quality.top1_agreement or 0.0
-    verdict = "reached" if agreement >= target else "not reached"
-    rows = lines[0].quality.rows
-    mixed = {line.name: line for line in lines if line.mixed}
-    better = [
-        f"{line.name} {_share(line.quality.top1_agreement)} -> "
-        f"{_share(mixed[f'as {line.name}'].quality.top1_agreement)} % (KL "
-        f"{line.quality.kl_divergence:.3g} -> "
-        f"{mixed[f'as {line.name}'].quality.kl_divergence:.3g})"
-        for line in lines
-        if f"as {line.name}" in mixed
-    ]
-    return (
-        "\n\n".join(
-            [
-                "# Mixed schemes against uniform ones",
-                f"Written by `{command}`. EfficientNet-Lite0, {rows} crops of six photographs; the "
-                "search and the quantizers saw crops of eleven others. Bytes are all that is asked "
-                "for: a layer may get slower than in float32, which `lowbit.search` keeps from by "
-                "default.",
-                table,
-                f"At most the same bytes, uniform -> mixed: {'; '.join(better)}.",
-                f"Target, {_share(target)} % at half the bytes of {lines[0].name}: {verdict}, "
-                f"{_share(agreement)} % with {half.bytes:,} bytes.",
-            ]
-        )
-        + "\n"
-    )
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    return {half: f"half of {first.name}"} | {line.bytes: f"as {line.name}" for line in between}

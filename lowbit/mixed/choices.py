@@ -175,6 +175,27 @@ class Choices:
             if choice is not None:
                 self.measure(choice, "refining")
 
+    def exchanges(self, base: Sequence[int], limit: float) -> list[tuple[int, ...]]:
+        """Choices of a cost of at most `limit` on the way from one to the knapsack's.
+
+        Each layer that is not as in `base` has a price, from one to the next a lower one: first
+        only exchanges that gain much are made, at last all that gain, if damages add up.
+        """
+        damages = [row.damage for row in self._options]
+        total = math.fsum(row[index] for row, index in zip(damages, base, strict=True))
+        found: dict[tuple[int, ...], None] = {}
+        for price in sorted(_PRICES, reverse=True):
+            extra = price * total / len(damages) if math.isfinite(total) else 0.0
+            table = [
+                [damage + extra * (option != index) for option, damage in enumerate(row)]
+                for row, index in zip(damages, base, strict=True)
+            ]
+            choice = Knapsack(table, self._costs).solve(limit)
+            if choice is not None:
+                found[tuple(choice)] = None
+        found.pop(tuple(base), None)
+        return list(found)
+
     def propose_above(self, floor: Budget) -> None:
         """Looks for the cheapest choice of each table that keeps to a floor of quality."""
         for table in self._tables:
@@ -201,14 +222,18 @@ class Choices:
             if choice is not None:
                 self.measure(choice, "Pareto front")
 
-    def least_damage(self, limit: float, max_bytes: float) -> Trial | None:
-        """The trial that loses least, of those that cost at most `limit` and weigh no more."""
-        allowed = [
+    def allowed(self, limit: float, max_bytes: float) -> list[Trial]:
+        """The trials that cost at most `limit` and weigh no more, the least damage first."""
+        found = [
             trial
             for trial in self.trials.values()
             if self.cost(trial.choice) <= limit and trial.bytes <= max_bytes
         ]
-        return min(allowed, key=lambda t: (t.damage, t.bytes, t.choice), default=None)
+        return sorted(found, key=lambda t: (t.damage, t.bytes, t.choice))
+
+    def least_damage(self, limit: float, max_bytes: float) -> Trial | None:
+        """The first of `allowed`."""
+        return next(iter(self.allowed(limit, max_bytes)), None)
 
     def cheapest(self, floor: Budget, without: Iterable[tuple[int, ...]] = ()) -> Trial | None:
         """The trial that costs least, of those that keep to a floor of quality."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from tabulate import tabulate
 
 from lowbit.comparison import finite
 from lowbit.mixed.effects import short, shown
+from lowbit.mixed.finals import Confirmation
 from lowbit.quality import Quality
+from lowbit.tasks.metric import metric_of
 from lowbit.timing import Ratio
 
 FORMAT, VERSION = "lowbit schemes", 1
@@ -59,7 +62,9 @@ class Found:
         notes: why layers stay float although a scheme converts them.
         float_bytes: parameters and buffers of the float model.
         bytes: of the quantized one.
-        quality: its outputs against the float model's.
+        quality: its outputs against the float model's, over all batches.
+        confirmation: what the batches that the search has not looked at say of it, against the
+            best uniform scheme within the budget.
         float_seconds: of the first batch, float model.
         seconds: the same of the quantized model, measured alternately with it.
         speedup: the ratio of the two, round by round.
@@ -76,6 +81,7 @@ class Found:
     float_bytes: int
     bytes: int
     quality: Quality
+    confirmation: Confirmation
     float_seconds: float
     seconds: float
     speedup: Ratio
@@ -93,6 +99,7 @@ class Found:
             "schemes": dict(self.overrides),
             **rest,
             "quality": self.quality.to_dict(),
+            "confirmation": self.confirmation.to_dict(),
             "speedup": self.speedup.to_dict(),
             "uniform": [point.to_dict() for point in self.uniform],
             "front": [point.to_dict() for point in self.front],
@@ -167,6 +174,38 @@ def _render(found: Found) -> str:
             table,
             "layers: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()),
             layers,
+            *_verdict(found),
             closing,
         ]
     )
+
+
+def _verdict(found: Found) -> list[str]:
+    """Sentences on what was confirmed, and on a model that stays as it is."""
+    if not any(found.overrides.values()):
+        return [
+            "Every layer stays float, which loses nothing and fits the budget. For a smaller model "
+            "ask for fewer bytes, or for a quality to keep at the least bytes, such as '30dB'."
+        ]
+    checked = found.confirmation
+    if checked.uniform is None:
+        return []
+    where = "On all batches"
+    if checked.batches:
+        where = f"On {checked.batches} batch{'es' if checked.batches > 1 else ''} held back"
+    if checked.excess == 0.0 and set(found.overrides.values()) == {checked.uniform}:
+        return [
+            f"No mix of its bytes was found to be better than {checked.uniform} for all layers."
+        ]
+    error = "" if math.isnan(checked.standard_error) else f" +- {checked.standard_error:.2g}"
+    return [
+        f"{where}, {_damage_name(found.objective)}: {checked.damage:.3g}, against "
+        f"{checked.uniform_damage:.3g} of {checked.uniform}, the best uniform scheme within the "
+        f"budget ({checked.excess:+.2g}{error})."
+    ]
+
+
+def _damage_name(objective: str) -> str:
+    if objective.endswith("_db"):
+        return "noise over signal"
+    return f"1 - {objective}" if metric_of(objective).higher_is_better else objective

@@ -4,14 +4,19 @@ What the float model returns is computed once and kept, for all batches. The dam
 of schemes works on is a figure that adds up over layers as long as the errors are small and
 independent: the KL divergence of a classification, and the energy of the noise over that of the
 signal (one over the SQNR) otherwise.
+
+A search looks at some of the batches and holds the others back: what was chosen among hundreds of
+choices for few batches has adapted to their noise, and is confirmed on batches that chose nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,19 +70,71 @@ def _duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What a converted model loses.
+
+    Attributes:
+        quality: over all batches.
+        damage: of each batch; None for one that has no such figure.
+    """
+
+    quality: Quality
+    damage: tuple[float | None, ...]
+
+    def mean(self, numbers: Iterable[int]) -> float:
+        """Of the damage of some batches; of all, if none of them has the figure."""
+        values = self._values(numbers) or self._values(range(len(self.damage)))
+        return math.fsum(values) / len(values) if values else math.inf
+
+    def _values(self, numbers: Iterable[int]) -> list[float]:
+        found = [self.damage[number] for number in numbers]
+        return [value for value in found if value is not None]
+
+    def excess(self, other: Losses, numbers: Sequence[int]) -> tuple[float, float]:
+        """How much more than another model is lost on some batches: the mean, its standard error.
+
+        The error is that of the batches' differences; NaN with fewer than two.
+        """
+        pairs = [(self.damage[number], other.damage[number]) for number in numbers]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        count = len(differences)
+        error = math.nan
+        if count > 1 and all(map(math.isfinite, differences)):
+            error = statistics.stdev(differences) / math.sqrt(count)
+        return self.mean(numbers) - other.mean(numbers), error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {"quality": self.quality.to_dict(), "damage": list(self.damage)}
+
+
+def split(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of the batches to choose on, and of those to confirm on: every third.
+
+    A single batch is both.
+    """
+    held = range(1, count, 3)
+    looked = [number for number in range(count) if number not in held]
+    return tuple(looked), tuple(held) or tuple(looked)
+
+
 class Measurer:
     """Measures assignments of schemes to the layers of an entered workbench.
 
     Args:
         bench: the model.
-        batches: at least one batch of inputs; all are run for a quality, the first one for times.
+        batches: at least one batch of inputs; the first one is run for times.
         task: see `lowbit.tasks`.
         forward: runs the model on a batch.
         journal: what is on record is not measured again.
+        hold: whether to hold batches back, see `split`; else all are looked at.
 
     Attributes:
         calls: how often each layer is called for the first batch, in the order of the first calls.
         objective: name of the figure that the damage is made of.
+        looked: numbers of the batches that `quality` is taken over.
+        held: numbers of those to confirm on.
     """
 
     def __init__(
@@ -87,8 +144,11 @@ class Measurer:
         task: object,
         forward: Forward | None,
         journal: Journal,
+        hold: bool = False,
     ) -> None:
         self.bench, self.journal = bench, journal
+        everything = tuple(range(len(batches)))
+        self.looked, self.held = split(len(batches)) if hold else (everything, everything)
         self._batches, self._task = batches, task
         self._forward = forward if forward is not None else run
         bench.set({})
@@ -101,6 +161,7 @@ class Measurer:
             self.objective = found.objective or self.objective
         elif self._compare(self._reference[:1]).rows:
             self.objective = "kl_divergence"
+        self._usable = [number for number in everything if self._has_figure(number)]
 
     def _count_calls(self) -> dict[str, int]:
         """Layers by their first call in the first batch, and how often each was called."""
@@ -120,6 +181,15 @@ class Measurer:
                 handle.remove()
         return calls | {layer.name: 0 for layer in self.bench.layers if layer.name not in calls}
 
+    def _has_figure(self, number: int) -> bool:
+        """Whether the damage of a batch can be told: a box that is nowhere has no score."""
+        reference, meter = self._reference[number], QualityMeter(self._task)
+        try:
+            meter.update(reference, reference, self._batches[number])
+            return math.isfinite(self.damage(meter.result()))
+        except ValueError:  # nothing in it to compare
+            return False
+
     def _compare(self, outputs: Sequence[Any]) -> Quality:
         meter = QualityMeter(self._task)
         for reference, output, batch in zip(self._reference, outputs, self._batches, strict=False):
@@ -128,24 +198,41 @@ class Measurer:
 
     def on_record(self, assignment: Assignment) -> bool:
         """Whether `quality` has the answer without measuring."""
-        return key(assignment) in self.journal
+        return self._key(assignment) in self.journal
 
     def quality(self, assignment: Assignment) -> Quality:
-        """Of the whole model with these schemes, over all batches."""
-        found = self.journal.get(key(assignment), lambda: self._quality(assignment).to_dict())
-        return Quality(**found)
+        """Of the whole model with these schemes, over the batches that are looked at."""
 
-    def _quality(self, assignment: Assignment) -> Quality:
-        self.bench.set(assignment)
-        return self.quality_of(self.bench.model)
+        def measure() -> dict[str, Any]:
+            self.bench.set(assignment)
+            return self._losses(self.bench.model, self.looked).quality.to_dict()
 
-    def quality_of(self, model: nn.Module) -> Quality:
+        return Quality(**self.journal.get(self._key(assignment), measure))
+
+    def _key(self, assignment: Assignment) -> str:
+        held = len(self.looked) < len(self._batches)
+        return key(assignment) + (f" on {list(self.looked)}" if held else "")
+
+    def losses_of(self, model: nn.Module) -> Losses:
         """Of any model, over all batches."""
-        meter = QualityMeter(self._task)
+        return self._losses(model, range(len(self._batches)))
+
+    def _losses(self, model: nn.Module, numbers: Iterable[int]) -> Losses:
+        whole, damages = QualityMeter(self._task), []
         with torch.inference_mode():
-            for reference, batch in zip(self._reference, self._batches, strict=True):
-                meter.update(reference, self._forward(model, batch), batch)
-        return meter.result()
+            for number in numbers:
+                reference, batch = self._reference[number], self._batches[number]
+                output = self._forward(model, batch)
+                whole.update(reference, output, batch)
+                damages.append(self._damage_of(number, output))
+        return Losses(whole.result(), tuple(damages))
+
+    def _damage_of(self, number: int, output: Any) -> float | None:
+        if number not in self._usable:
+            return None
+        meter = QualityMeter(self._task)
+        meter.update(self._reference[number], output, self._batches[number])
+        return self.damage(meter.result())
 
     def damage(self, quality: Quality) -> float:
         """The figure that adds up over layers: 0 for no loss; NaN counts as infinite."""

@@ -7,7 +7,9 @@
    context; the knapsack of these differences, with a growing price on every change, proposes the
    next choices (`choices`). Nothing is taken on trust: only measured choices can win, and the
    uniform ones are among them.
-3. The model is converted for good, and checked against the budget.
+3. The best choices, and the uniform ones that keep to the budget, are converted for good and
+   compared as wholes. A mix that is not confirmed on batches that the search has not looked at
+   gives way to the best uniform scheme (`finals`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,19 @@ from lowbit.calibration.data import Data
 from lowbit.mixed.budget import Budget
 from lowbit.mixed.choices import Choices, Trial, make_options
 from lowbit.mixed.effects import Sensitivity
+from lowbit.mixed.finals import Final, Finals
 from lowbit.mixed.found import Found, Point
 from lowbit.mixed.layers import Conversion
-from lowbit.mixed.measure import Forward, Measurer, Progress, Steps
+from lowbit.mixed.measure import Forward, Losses, Measurer, Progress, Steps
 from lowbit.mixed.sensitivity import effects, session
 from lowbit.plan import Filter, SchemeLike
-from lowbit.quality import Quality
-from lowbit.quantizers import needs_data
 from lowbit.schemes import Scheme
 from lowbit.timing import Ratio
 
 SCHEMES = ("w8a8", "w4a8", "w4a8-g32", "w2a8-g32")
 _TRIES = 6
+_FINALS = 3
+"""Mixes that are converted for a budget; each takes what `quantize` does."""
 
 
 def search(
@@ -68,7 +70,10 @@ def search(
     Args:
         model: the float model. Its layers are swapped while this runs; it is unchanged at the end,
             after an error too.
-        data: batches to measure on, as for `lowbit.sensitivity`. Take others to judge the result.
+        data: batches to measure on, as for `lowbit.sensitivity`. Every third is held back: it
+            chooses nothing, and confirms that the mix is better than the uniform schemes of its
+            size. With few batches the search chooses for their noise: give at least six, of inputs
+            as different as those that the model will see. Take others to judge the result.
         budget: of the whole model's parameters and buffers: bytes (an int, "2.4MB"), a share of
             the float model's ("30%") or of a scheme's ("50% of w8a8"); or of the first batch's time
             on this machine ("3ms"); or a quality to keep at the least bytes ("20dB",
@@ -157,6 +162,7 @@ def search_many(
         steps=steps,
         resume=resume,
         progress=progress,
+        hold=True,
     ) as (measurer, names, count):
         for wanted in parsed:
             if wanted.kind == "quality":  # refuses an unknown figure early
@@ -166,51 +172,57 @@ def search_many(
         changes = sum(len(row.schemes) - 1 for row in rows)
         todo = Steps(progress, len(parsed) * (rounds * changes + 10) + len(names) + front)
         trials: dict[tuple[int, ...], Trial] = {}
+        finals = Finals(model, measurer, conversion, names)
         results = []
         for wanted in parsed:
             cost = "seconds" if wanted.kind == "seconds" else "bytes"
             choices = Choices(measurer, rows, cost, todo, trials)
             for name in names:
                 choices.measure(choices.choice_of(name), "uniform")
-            run = _Run(model, measurer, conversion, choices, rounds, seconds)
-            final = run.meet(wanted, bool(notes))
+            run = _Run(model, measurer, conversion, choices, finals, names, rounds, seconds)
+            result = run.meet(wanted, bool(notes))
             choices.along(front)
             uniform = [
-                run.uniform(name, final.float_seconds if latency else None, measured)
+                run.uniform(name, result.float_seconds if latency else None, measured)
                 for name in names
             ]
-            overrides = measurer.bench.overrides(choices.assignment(final.choice))
+            overrides = measurer.bench.overrides(choices.assignment(result.choice))
             found = Found(
                 model=type(model).__name__,
                 budget=str(wanted),
                 objective=measurer.objective,
                 overrides=overrides,
-                notes={name: note for name, note in notes.items() if overrides[name] is None},
+                notes={
+                    name: notes.get(name, "fits the budget")
+                    for name, scheme in overrides.items()
+                    if scheme is None
+                },
                 float_bytes=measurer.bench.bytes({}),
-                bytes=final.bytes,
-                quality=final.quality,
-                float_seconds=final.float_seconds,
-                seconds=final.seconds,
-                speedup=final.speedup,
+                bytes=result.bytes,
+                quality=result.losses.quality,
+                confirmation=finals.confirm(result.losses, run.fitting),
+                float_seconds=result.float_seconds,
+                seconds=result.seconds,
+                speedup=result.speedup,
                 uniform=tuple(uniform),
-                front=run.front(cost, latency, final.float_seconds, names),
+                front=run.front(cost, latency, result.float_seconds, names),
                 threads=torch.get_num_threads(),
                 measured=len(trials),
             )
             results.append(found)
             if each is not None:
-                each(found, final.model)
+                each(found, result.model)
         return results
 
 
 @dataclass(frozen=True)
-class _Final:
-    """A choice, converted for good and measured."""
+class _Result:
+    """A choice, converted for good, measured and timed."""
 
     model: nn.Module
     choice: tuple[int, ...]
     bytes: int
-    quality: Quality
+    losses: Losses
     float_seconds: float
     seconds: float
     speedup: Ratio
@@ -225,14 +237,19 @@ class _Run:
         measurer: Measurer,
         conversion: Conversion,
         choices: Choices,
+        finals: Finals,
+        names: Sequence[str],
         rounds: int,
         seconds: float,
     ) -> None:
         self._model, self._measurer, self._conversion = model, measurer, conversion
-        self._choices, self._rounds, self._seconds = choices, rounds, seconds
+        self._choices, self._finals, self._names = choices, finals, names
+        self._rounds, self._seconds = rounds, seconds
         self._float_bytes = measurer.bench.bytes({})
+        self.fitting: list[Final] = []
+        """The uniform schemes that keep to the budget, once it has been met."""
 
-    def meet(self, wanted: Budget, some_slower: bool) -> _Final:
+    def meet(self, wanted: Budget, some_slower: bool) -> _Result:
         """The best choice that keeps to the budget.
 
         Raises:
@@ -247,25 +264,14 @@ class _Run:
     def uniform(self, name: str, float_seconds: float | None, measured: Sensitivity) -> Point:
         """One scheme for every layer that it converts, slower ones too."""
         assignment = self._measurer.bench.uniform(name)
-        scheme = Scheme.parse(name)
-        if needs_data(scheme.quantizer or ""):  # its layers make up for those before them
-            entry = self._measurer.journal.get(f"uniform {name}", partial(self._converted, scheme))
-            quality = Quality(**entry)
-        else:
-            quality = self._measurer.quality(assignment)
-        size = self._measurer.bench.bytes(assignment)
+        size, losses = self._finals.losses(assignment)
         seconds = float_seconds
         if seconds is not None:
             for layer in measured.layers:
                 if name in layer.schemes:
                     seconds += layer.schemes[name].seconds or 0.0
                     seconds -= layer.float_seconds or 0.0
-        return Point(name, assignment, size, seconds, quality)
-
-    def _converted(self, scheme: Scheme) -> dict[str, Any]:
-        copy = self._conversion.quantize(self._model_in_float(), scheme)
-        with eval_mode([copy]):
-            return self._measurer.quality_of(copy).to_dict()
+        return Point(name, assignment, size, seconds, losses.quality)
 
     def bytes_of(self, budget: Budget) -> float:
         """The limit in bytes."""
@@ -284,20 +290,19 @@ class _Run:
             )
         )
 
-    def within_bytes(self, limit: float, some_slower: bool) -> _Final:
+    def within_bytes(self, limit: float, some_slower: bool) -> _Result:
         """The least damage of at most `limit` bytes."""
         allowed = limit
         for attempt in range(_TRIES):
             room = allowed - self._float_bytes
             if room < self._choices.least_cost - 0.5:
                 break
-            best = self._least_damage(room, allowed, self._rounds if attempt == 0 else 0)
+            best = self._best(room, allowed, self._rounds if attempt == 0 else 0)
             if best is None:
                 break
-            final = self._convert(best)
-            if final.bytes <= limit:
-                return final
-            allowed -= final.bytes - limit
+            if best.bytes <= limit:
+                return self._result(best)
+            allowed -= best.bytes - limit
         least = self._float_bytes + self._choices.least_cost
         hint = "; layers that would be slower stay float, allow them with allow_slower=True"
         raise ValueError(
@@ -305,30 +310,54 @@ class _Run:
             f"least {least / 1e6:.3f} MB{hint if some_slower else ''}"
         )
 
-    def _least_damage(self, room: float, max_bytes: float, rounds: int) -> Trial | None:
+    def _best(self, room: float, max_bytes: float, rounds: int) -> Final | None:
+        """The choice to return, of those that cost at most `room` and weigh no more than asked.
+
+        Args:
+            room: what it may cost, against float.
+            max_bytes: of the whole model.
+            rounds: of refinement.
+        """
+        choices, finals = self._choices, self._finals
+
         def best() -> Trial | None:
-            return self._choices.least_damage(room, max_bytes)
+            return choices.least_damage(room, max_bytes)
 
         def propose() -> None:
-            self._choices.propose_within(room)
+            choices.propose_within(room)
 
         propose()
-        for _ in range(rounds):
+        # Layers that learn make up for those before them: in a model of layers that did not learn
+        # together a refinement finds what is best for that model.
+        for _ in range(0 if finals.learn else rounds):
             before = best()
-            self._choices.refine(best, propose)
+            choices.refine(best, propose)
             if best() is before:
                 break
-        return best()
+        allowed = choices.allowed(room, max_bytes)
+        if not allowed:
+            return None
+        uniforms = {choices.choice_of(name) for name in self._names}
+        fitting = sorted(uniforms & {trial.choice for trial in allowed})
+        self.fitting = [finals.measure(choices, choice) for choice in fitting]
+        mixes = [trial.choice for trial in allowed if trial.choice not in fitting][:_FINALS]
+        if finals.learn and self.fitting:
+            base = min(self.fitting, key=lambda f: f.losses.mean(self._measurer.looked))
+            # The first ones change least, which is where the knapsack is most sure.
+            ways = choices.exchanges(base.choice, room)
+            mixes = [choice for choice in ways if choice not in fitting]
+            mixes = [c for c in mixes if choices.measure(c, "exchanging").bytes <= max_bytes]
+        return finals.pick([finals.measure(choices, choice) for choice in mixes], self.fitting)
 
-    def within_seconds(self, limit: float) -> _Final:
+    def within_seconds(self, limit: float) -> _Result:
         """The least damage that takes at most `limit` seconds for the first batch."""
         allowed, fastest = limit, math.inf
         float_seconds = self._measurer.time_models([self._model_in_float()], self._seconds)[0].p50
         for attempt in range(_TRIES):
             room = max(allowed - float_seconds, self._choices.least_cost)
-            best = self._least_damage(room, math.inf, self._rounds if attempt == 0 else 0)
+            best = self._best(room, math.inf, self._rounds if attempt == 0 else 0)
             assert best is not None  # the cheapest choice costs no more than that
-            final = self._convert(best)
+            final = self._result(best)
             fastest = min(fastest, final.seconds)
             if final.seconds <= limit:
                 return final
@@ -341,7 +370,7 @@ class _Run:
             f"{float_seconds * 1e3:.3f} ms"
         )
 
-    def floor(self, wanted: Budget) -> _Final:
+    def floor(self, wanted: Budget) -> _Result:
         """The least bytes that keep to a quality."""
 
         def best() -> Trial | None:
@@ -362,10 +391,10 @@ class _Run:
             trial = best()
             if trial is None:
                 break
-            final = self._convert(trial)
+            final = self._finals.measure(self._choices, trial.choice)
             # Layers that learn from data come out otherwise among other layers.
-            if wanted.meets(final.quality.figures()):
-                return final
+            if wanted.meets(final.losses.quality.figures()):
+                return self._result(final)
             refused.append(trial.choice)
         raise ValueError(f"no choice of these schemes keeps {wanted}; float32 may not either")
 
@@ -373,17 +402,14 @@ class _Run:
         self._measurer.bench.set({})
         return self._model
 
-    def _convert(self, trial: Trial) -> _Final:
-        """Converts the model for good, and measures that."""
+    def _result(self, final: Final) -> _Result:
+        """The converted model, timed."""
+        copy = self._finals.converted(self._choices.assignment(final.choice))
         model = self._model_in_float()
-        overrides = self._measurer.bench.overrides(self._choices.assignment(trial.choice))
-        copy = self._conversion.quantize(model, None, overrides)
         with eval_mode([copy]):
-            quality = self._measurer.quality_of(copy)
             before, after = self._measurer.time_models([model, copy], self._seconds)
         ratio = timing.ratio(before, after)
-        size = weight_bytes(copy)
-        return _Final(copy, trial.choice, size, quality, before.p50, after.p50, ratio)
+        return _Result(copy, final.choice, final.bytes, final.losses, before.p50, after.p50, ratio)
 
     def front(
         self, cost: str, latency: bool, float_seconds: float, names: Sequence[str]

@@ -100,10 +100,12 @@ def session(
     steps: int | None,
     resume: str | Path | None,
     progress: Progress | None,
+    hold: bool = False,
 ) -> Iterator[tuple[Measurer, list[str], int]]:
     """A measurer of the model, the names of the schemes and the number of batches.
 
-    The arguments are those of `sensitivity`. When left, the model is what it was.
+    The arguments are those of `sensitivity`, and `hold` as for `Measurer`. When left, the model is
+    what it was.
     """
     found = tasks.find(task)
     parsed = parse_schemes(schemes)
@@ -123,7 +125,7 @@ def session(
     kept = None if resume is None else _kept(Path(resume), header)
     with Workbench(model, parsed, conversion, report, kept) as bench:
         report("float outputs", 0.0)
-        yield Measurer(bench, inputs, task, forward_fn, journal), list(parsed), len(inputs)
+        yield Measurer(bench, inputs, task, forward_fn, journal, hold), list(parsed), len(inputs)
 
 
 def _kept(resume: Path, header: Mapping[str, Any]) -> Callable[[str], Path]:
