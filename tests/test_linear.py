@@ -102,7 +102,7 @@ SHARED = ((1, 1000, 3200), (2, 1000, 1601), (5, 700, 901), (40, 65, 1300), (65, 
 SHARED += ((6, 200, 16_000), (96, 17, 2100), (101, 63, 515), (200, 130, 130))
 
 
-@pytest.mark.parametrize("m, n, k", SHARED)
+@pytest.mark.parametrize(("m", "n", "k"), SHARED)
 def test_every_number_of_threads(kernel, m, n, k):
     """However the work is shared, the bits are those of one thread."""
     rng = np.random.default_rng([m, n, k])

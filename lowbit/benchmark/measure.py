@@ -24,6 +24,10 @@ MAX_COPIES = 256
 SPIN_SECONDS = 0.01
 """How long to wait for the threads of another engine's pool to go to sleep."""
 
+SETTLE_CALLS, SETTLE_SECONDS = 5, 0.001
+"""After that pause a side is called for so long, and so often at most, before it is timed: a core
+that slept is slow to wake, and has lost what its caches held."""
+
 LONG_SECONDS = 0.02
 """A call of so many seconds needs no untimed call before it: threads wake in microseconds, and
 weights are read in a millisecond or two."""
@@ -108,11 +112,11 @@ def measure(
 def _settled(
     sides: dict[str, Callable[[], Any]], trial: dict[str, float], calls: int, pause: float
 ) -> dict[str, Callable[[], Any]]:
-    """The same sides, each after a pause and an untimed call of its own.
+    """The same sides, each after a pause and untimed calls of its own.
 
     Threads of an engine go on spinning for milliseconds after its call, and would take the cores
-    from the next one; after the pause the untimed call wakes that one's threads, as the layer
-    before does in a model. On any number of threads it brings weights that are not rotated back
+    from the next one; after the pause the untimed calls wake that one's threads, as the layers
+    before do in a model. On any number of threads one brings weights that are not rotated back
     into the caches, from which the other engines have pushed them. A call that takes long by
     itself, in the `trial`, does not show either. `calls` is how often every side is called in a
     round.
@@ -120,11 +124,13 @@ def _settled(
 
     def settle(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         count = itertools.count()
+        untimed = 1 if pause == 0 else math.ceil(min(SETTLE_CALLS, SETTLE_SECONDS / trial[name]))
+        untimed = 0 if trial[name] >= LONG_SECONDS else untimed
 
         def pause_and_call() -> None:
             if next(count) % calls == 0:  # once in a round
                 time.sleep(pause)
-                if trial[name] < LONG_SECONDS:
+                for _ in range(untimed):
                     call()
 
         return pause_and_call
