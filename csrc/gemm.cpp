@@ -65,6 +65,9 @@ constexpr int64_t kTallTiles = 2;
 // Up to this size, tiles small enough to combine groups in registers are faster than larger ones.
 constexpr int64_t kShortGroup = 64;
 
+// The same where there are more rows than tall tiles take otherwise, and so many groups.
+constexpr int64_t kLongGroup = 128, kManyGroups = 16;
+
 // A block of channels of one thread, and its tiles.
 class Block {
  public:
@@ -76,8 +79,7 @@ class Block {
         depth_(depth),
         rows_(rows),
         codes_(codes),
-        short_groups_(kernel.group_mr && weights.group_scale && !weights.group_zero &&
-                      weights.group_size <= kShortGroup && rows.planes == 1 && fits_tile()),
+        short_groups_(combines_groups()),
         tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
@@ -200,6 +202,15 @@ class Block {
 
   int tile_rows() const {
     return short_groups_ ? kernel_.group_mr : tall_ ? kernel_.tall_mr : kernel_.mr;
+  }
+
+  // Whether tiles are small enough to combine groups in registers.
+  bool combines_groups() const {
+    if (!kernel_.group_mr || !weights_.group_scale || rows_.planes > 1 || !fits_tile())
+      return false;
+    return weights_.group_size <= kShortGroup ||
+           (weights_.group_size <= kLongGroup && depth_.groups >= kManyGroups &&
+            rows_.count > kTallTiles * kernel_.tall_mr);
   }
 
   // Whether a group's sum stays within int32: one chunk, and of int16 activations 256 * hi + lo.

@@ -18,7 +18,10 @@ from lowbit import _core
 
 RAGGED = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 ROWS = (*range(1, 14), 20, 24, 25, 31)  # past the largest tile of any kernel, and past two
-GROUPINGS = ("channel", "g32", "g64", "g96", "whole", "g32-zeros", "g64-zeros", "whole-zeros")
+GROUPINGS = (
+    *("channel", "g32", "g64", "g96", "g128", "whole"),
+    *("g32-zeros", "g64-zeros", "g128-zeros", "whole-zeros"),
+)
 
 FORMATS = tuple(oracle.FORMATS)
 LARGEST = oracle.LARGEST_CODE
@@ -86,6 +89,18 @@ def test_groups(kernel, grouping):
         (26, 70, 97),
     ):
         check(kernel, m, n, k, grouping, bias=m != 2)
+
+
+@pytest.mark.parametrize("grouping", ["g32", "g64", "g128", "g32-zeros", "g64-zeros", "g128-zeros"])
+def test_groups_at_every_few_rows(kernel, grouping):
+    """Whole groups and a shorter one, an odd panel and a ragged one."""
+    for m in range(1, 8):
+        check(kernel, m, 71, 300, grouping)
+
+
+@pytest.mark.parametrize("grouping", ["g128", "g128-zeros"])
+def test_many_long_groups(kernel, grouping):
+    check(kernel, 31, 50, 17 * 128 + 5, grouping)
 
 
 def test_threads(kernel):

@@ -15,22 +15,6 @@ inline void sum_quads(const int8_t* q, int64_t n, int32_t* lanes) {
   add(last, i);
 }
 
-// Groups are multiples of 32, or all there is.
-void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
-  constexpr int64_t kBlock = 4096;
-  int32_t lanes[kBlock / 4];
-  for (int64_t first = 0; first < n; first += group, ++out) {
-    const int64_t end = first + group < n ? first + group : n;
-    int32_t s = 0;
-    for (int64_t at = first; at < end; at += kBlock) {
-      const int64_t count = end - at < kBlock ? end - at : kBlock;
-      sum_quads(q + at, count, lanes);
-      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
-    }
-    *out = s;
-  }
-}
-
 using Lanes = int32_t __attribute__((vector_size(kLanes * 4)));
 
 // a and b, lane by lane in turn.
@@ -98,6 +82,26 @@ void sum_rows(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int
       __builtin_memcpy(out + first, &sums[0], sizeof(Lanes));
     else
       for (int64_t r = 0; r < here; ++r) out[first + r] = sums[0][r];
+  }
+}
+
+// Groups are multiples of 32, or all there is.
+void sum_codes_of_groups(const int8_t* q, int64_t n, int64_t group, int32_t* out) {
+  constexpr int64_t kBlock = 4096, kFew = 4;
+  int32_t lanes[kBlock / 4];
+  // As rows, but for the last ones, behind which nothing may be read.
+  const int64_t read = (group + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+  const int64_t rows = n / group <= kFew ? 0 : (n - read) / group;
+  if (rows > 0) sum_rows(q, group, rows, group, out), out += rows;
+  for (int64_t first = rows * group; first < n; first += group, ++out) {
+    const int64_t end = first + group < n ? first + group : n;
+    int32_t s = 0;
+    for (int64_t at = first; at < end; at += kBlock) {
+      const int64_t count = end - at < kBlock ? end - at : kBlock;
+      sum_quads(q + at, count, lanes);
+      for (int64_t i = 0; i < (count + 3) / 4; ++i) s += lanes[i];
+    }
+    *out = s;
   }
 }
 

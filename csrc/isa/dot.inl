@@ -122,7 +122,11 @@ struct Chains {
   template <int First>
   LOWBIT_INLINE Reg chain(int r, int v) const {
     Reg sum = sums[First][r][v];
-    if constexpr (kInPlace) sum = shift_left<S>(shift_right<B*(First % kPlaces)>(sum));
+    if constexpr (kInPlace) {
+      constexpr int kDown = B * (First % kPlaces) - S;  // what is shifted out is 0
+      if constexpr (kDown > 0) sum = shift_right<kDown>(sum);
+      if constexpr (kDown < 0) sum = shift_left<-kDown>(sum);
+    }
     if constexpr (First + 1 < C) sum = add(sum, chain<First + 1>(r, v));
     return sum;
   }
@@ -175,9 +179,64 @@ struct Dot {
     }
   };
 
+  // The same of a whole group of Steps steps, without a loop.
+  template <int MR, int NP, int Steps>
+  struct WholeGroup {
+    static constexpr int V = NP * kRegs, kWanted = MR > kStreamRows || B > 2 ? 2 : 4;
+    static constexpr int kRoom = (kGroupSums > 4 ? kGroupSums : 4) / (MR * V);
+    using Sums = Chains<B, S, MR, V, power_of_two(kRoom < kWanted ? kRoom : kWanted)>;
+    const Tile& t;
+    const uint8_t *const w, *const ahead;
+    const ptrdiff_t pitch, stride;
+    const int fetch;
+
+    LOWBIT_INLINE WholeGroup(const Tile& tile, int panel)
+        : t(tile),
+          w(tile.w + panel * tile.panel_stride),
+          ahead(tile.ahead + panel * tile.panel_stride),
+          pitch(tile.pitch),
+          stride(tile.panel_stride),
+          fetch(MR <= kStreamRows ? NP : tile.fetch) {}  // so few rows always fetch
+
+    LOWBIT_INLINE void operator()(int64_t first, Reg (&out)[MR][V]) const {
+      Sums sums(out);
+      step<0>(sums, t.codes + first * (32 / B), first * kVectorBytes);
+      sums.total(out);
+    }
+
+    template <int I>
+    LOWBIT_INLINE void step(Sums& sums, const int8_t* a, ptrdiff_t at) const {
+      Reg x[V];
+      load_panels<NP>(w + at, stride, ahead + at, fetch, I, x);
+      sums.template add_step<I % Sums::U>(
+          x, [&](Reg(&y)[V]) { load_panels<NP>(w + at, stride, ahead, 0, I, y); }, a + I * (32 / B),
+          pitch);
+      if constexpr (I + 1 < Steps) step<I + 1>(sums, a, at);
+    }
+  };
+
+  // Groups of K, in registers.
+  template <int K, int MR, int NP>
+  static LOWBIT_INLINE void whole_groups(const Tile& t, int panel) {
+    const WholeGroup<MR, NP, K / (32 / B)> group(t, panel);
+    const Loop<MR, NP, 1> rest{t, panel};
+    if (t.group_zero) return combine_groups<true, MR, NP * kRegs>(t, panel, group, rest);
+    combine_groups<false, MR, NP * kRegs>(t, panel, group, rest);
+  }
+
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs, C = power_of_two(kChainSums / (MR * V));
+    // The usual groups, in tiles that are usual for them.
+    if constexpr (MR * V <= kGroupSums && (MR <= kStreamRows || NP == kTallPanels)) {
+      if (t.group_scale && !t.sums && t.planes == 1) {
+        const int64_t k = t.group_steps * (32 / B);
+        if (k == 32) return whole_groups<32, MR, NP>(t, panel);
+        if (k == 64) return whole_groups<64, MR, NP>(t, panel);
+        if constexpr (MR <= kStreamRows)
+          if (k == 128) return whole_groups<128, MR, NP>(t, panel);
+      }
+    }
     constexpr int kFew = C < kGroupChains ? C : kGroupChains;
     sum_groups<MR, V>(t, panel, Loop<MR, NP, C>{t, panel}, Loop<MR, NP, kFew>{t, panel});
   }
