@@ -69,6 +69,14 @@ class Layer {
       grouped_.emplace(kernel, g, weights, images, scratch);
     } else if (g.blocks() < g.groups) {
       weights_ = separate_groups(g, weights, depth, scratch);
+    } else if (is_centred(activation)) {
+      const int64_t panels = packed_panels(weights.n);
+      uint8_t* w;
+      int32_t* seed;
+      scratch.cut(piece(w, panels * depth.steps * kVectorBytes), piece(seed, panels * kPanel));
+      centre(weights, g.channels, g.channels, w, seed);
+      weights_.packed = w;
+      seed_ = seed;
     }
   }
 
@@ -91,11 +99,11 @@ class Layer {
     if (grouped_) grouped_->run(images_, image, first, count, y, nullptr, scratch);
     if (depthwise_ || grouped_)
       return kernel_.apply(weights_.epilogue, count, g.out_channels, y, g.out_channels);
-    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_);
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           columns.fill(image, first, count, group), channels.begin, std::min(channels.end, n),
+           rows(columns, image, first, count, group), channels.begin, std::min(channels.end, n),
            y + group * n, g.out_channels);
   }
 
@@ -109,18 +117,33 @@ class Layer {
       run(image, first, count, {0, g.out_channels}, room);
       return kernel_.transpose(count, g.out_channels, room, g.out_channels, y, plane);
     }
-    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch);
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_);
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           columns.fill(image, first, count, group), 0, n,
+           rows(columns, image, first, count, group), 0, n,
            PlaneRows{y + group * n * plane, plane, room});
   }
 
  private:
+  // First layers, of merged taps: their few weights are centred at each call, which spares the sums
+  // of their many short rows.
+  bool is_centred(Activation activation) const {
+    return kernel_.dot_centred && weights_.format == Format::int8 && geometry_.groups == 1 &&
+           geometry_.channels < traits(weights_.format).depth() && depth_.chunks() == 1 &&
+           !weights_.group_scale && activation == Activation::int8;
+  }
+
+  Rows rows(Columns& columns, int64_t image, int64_t first, int64_t count, int64_t group) const {
+    Rows rows = columns.fill(image, first, count, group);
+    rows.seed = seed_;
+    return rows;
+  }
+
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   Weights weights_;
+  const int32_t* seed_ = nullptr;  // of centred weights
   const Depth& depth_;
   const Images& images_;
   std::optional<DepthwiseWeights> depthwise_;

@@ -129,20 +129,13 @@ class ConvStep : public Executor {
            geometry_.out_height * geometry_.out_width >= kCentredPixels;
   }
 
-  // Codes less 128, padding 0.
   void centre() {
-    const int64_t panels = packed_panels(weights_.n), bytes = panels * depth_.steps * kVectorBytes;
-    const int64_t tap = tap_channels(weights_.format, geometry_.channels);
+    const int64_t panels = packed_panels(weights_.n);
     uint8_t* w;
     int32_t* seed;
-    scratch_.cut(piece(w, bytes), piece(seed, panels * kPanel));
-    std::fill_n(seed, panels * kPanel, 0);
-    for (int64_t i = 0; i < bytes; ++i) {
-      const int64_t at = i % kVectorBytes, k = i / kVectorBytes % depth_.steps * 4 + at % 4;
-      const bool used = k < weights_.k && k % tap < geometry_.channels;
-      w[i] = used ? weights_.packed[i] ^ 0x80 : uint8_t{0};
-      seed[i / (depth_.steps * kVectorBytes) * kPanel + at / 4] -= 128 * static_cast<int8_t>(w[i]);
-    }
+    scratch_.cut(piece(w, panels * depth_.steps * kVectorBytes), piece(seed, panels * kPanel));
+    lowbit::centre(weights_, tap_channels(weights_.format, geometry_.channels), geometry_.channels,
+                   w, seed);
     weights_.packed = w;
     seed_ = seed;
   }
@@ -214,9 +207,10 @@ class ConvStep : public Executor {
       }
       Columns columns(kernel_, g, weights_, depth_, images, count, block_scratch, !seed_);
       for (int64_t group = 0; group < g.groups; ++group) {
-        const Rows rows = columns.fill(0, first, count, group);
+        Rows rows = columns.fill(0, first, count, group);
+        rows.seed = seed_;
         gemm(kernel_, group_weights(group), depth_, rows, channels.begin, std::min(channels.end, n),
-             {&to_, q, codes.residual ? residual : nullptr, group * n, g.groups == 1, seed_});
+             {&to_, q, codes.residual ? residual : nullptr, group * n, g.groups == 1});
       }
     }
   }

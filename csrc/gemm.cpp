@@ -37,6 +37,24 @@ void Depth::sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const 
     }
 }
 
+void centre(const Weights& weights, int64_t tap, int64_t channels, uint8_t* w, int32_t* seed) {
+  const int64_t steps = packed_steps(weights.format, weights.k);
+  const uint8_t* from = weights.packed;
+  for (int64_t p = 0; p < packed_panels(weights.n); ++p, seed += kPanel) {
+    std::fill_n(seed, kPanel, 0);
+    for (int64_t s = 0; s < steps; ++s, from += kVectorBytes, w += kVectorBytes)
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t k = 4 * s + j;
+        const bool used = k < weights.k && k % tap < channels;
+        for (int64_t n = 0; n < kPanel; ++n) {
+          const uint8_t code = used ? from[4 * n + j] ^ 0x80 : uint8_t{0};
+          w[4 * n + j] = code;
+          seed[n] -= 128 * static_cast<int8_t>(code);
+        }
+      }
+  }
+}
+
 namespace {
 
 // `count` floats that may be read up to a multiple of 16: copied to `room` where they end earlier.
@@ -104,7 +122,7 @@ class Block {
                 piece(factor_, in_tile ? 0 : kernel.nr),
                 piece(tile_.room, kernel.room(depth.steps * traits(weights.format).depth())));
     const int add = traits(weights.format).add;
-    centred_ = codes && codes->seed;
+    centred_ = rows.seed;
     for (int64_t i = 0; i < code_rows * depth.chunks() && !centred_; ++i)
       offset_[i] = add * rows.sums[i];
     if (zeros) sum_groups();
@@ -131,6 +149,7 @@ class Block {
     const bool all = tiles_ == 1 && !sums_ && (!codes_ || in_registers_);
     const int64_t count = std::min(end - c0, all ? std::max<int64_t>(whole, width_) : width_);
     c0_ = c0;
+    if (centred_) tile_.seed = rows_.seed + c0;
     cols_ = static_cast<int>(count);
     tile_.panels = (cols_ + kPanel - 1) / kPanel;
     packed_ = weights_.packed + c0 / kPanel * tile_.panel_stride;
@@ -170,7 +189,6 @@ class Block {
       tile_.q = q;
       tile_.residual = residual;
       tile_.q_first = codes_->first + c0_;
-      if (centred_) tile_.seed = codes_->seed + c0_;
       set_operands(first, 0, 0);
       return dot();
     }

@@ -57,7 +57,12 @@ struct Rows {
   const float* scale = nullptr;    // [count]
   const int32_t* sums =
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
+  const int32_t* seed = nullptr;  // not null: the weights are centred; rows need no sums
 };
+
+// 8-bit codes less 128, padding 0, for Kernel::dot_centred: w of the size of weights.packed, and
+// their seed [panels * 16]. A tap of K has `tap` k, the first `channels` of them used.
+void centre(const Weights& weights, int64_t tap, int64_t channels, uint8_t* w, int32_t* seed);
 
 // Where the codes of an image go, and those that are added before; the last panel is written whole.
 struct CodeImage {
@@ -77,8 +82,7 @@ struct CodeRows {
   int8_t* const* q;               // [count]
   const int8_t* const* residual;  // [count], or null
   int64_t first;
-  bool whole;           // whole panels may be written and read
-  const int32_t* seed;  // not null: the weights are centred, with this seed; rows need no sums
+  bool whole;  // whole panels may be written and read
 };
 
 // y[r][c] for all rows and the channels [begin, end) of `weights`, its epilogue applied; begin is a

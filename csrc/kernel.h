@@ -153,7 +153,7 @@ struct Kernel {
   void (*dot[kFormatCount])(const Tile& tile);
 
   // Of 8-bit codes less 128, signed, in place of codes, and activations plus 128: s = seed + sum
-  // over k of w[c][k] * (a[r][k] + 128), to codes alone, without groups. Null: an ISA has none.
+  // over k of w[c][k] * (a[r][k] + 128), without groups. Null: an ISA has none.
   void (*dot_centred)(const Tile& tile);
 
   // The same with s = offset + 2 * (number of k where bit w differs from bit a and bit `mask` is

@@ -257,6 +257,7 @@ struct CentredDot {
     const ptrdiff_t pitch = t.pitch;
     const int64_t steps = t.steps;
     const Reg flip = bytes(0x80);
+    if (!t.requantize) fetch_output<MR, V>(t, panel);
     const auto seed = reinterpret_cast<const uint8_t*>(t.seed + panel * kPanel);
     Reg sum[C][MR][V];
     LOWBIT_UNROLL for (int v = 0; v < V; ++v) LOWBIT_UNROLL for (int r = 0; r < MR; ++r)
@@ -287,7 +288,9 @@ struct CentredDot {
       for (; s < steps; ++s) step(s, IntConstant<0>{});
     LOWBIT_UNROLL for (int c = 1; c < C; ++c) LOWBIT_UNROLL for (int r = 0; r < MR; ++r)
         LOWBIT_UNROLL for (int v = 0; v < V; ++v) sum[0][r][v] = add(sum[0][r][v], sum[c][r][v]);
-    finish_codes<MR, V>(t, panel, [&](int r, int v) { return to_float(sum[0][r][v]); });
+    const auto value = [&](int r, int v) { return to_float(sum[0][r][v]); };
+    if (t.requantize) return finish_codes<MR, V>(t, panel, value);
+    finish_tile<MR, V>(t, panel, value);
   }
 };
 
