@@ -73,7 +73,9 @@ class Block {
         tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
-        tiles_(ceil_div(rows.count, tile_rows() / rows.planes)) {
+        line_(rows.line ? rows.line : rows.count),
+        line_tiles_(ceil_div(line_, tile_rows() / rows.planes)),
+        tiles_(line_tiles_ * (line_ ? rows.count / line_ : 1)) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr, scales = depth.groups * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool groups = weights.group_scale, zeros = weights.group_zero;
@@ -105,6 +107,8 @@ class Block {
     tile_.groups = in_tile ? depth.groups : 1;
     tile_.group_steps = depth.group_steps;
     tile_.steps = depth.steps;
+    tile_.segments = rows.segments;
+    tile_.segment_steps = rows.segment_steps;
     tile_.group_scale = group_scale_;
     tile_.group_zero = group_zero_;
     if (in_registers_) tile_.requantize = codes->to;
@@ -130,11 +134,11 @@ class Block {
   }
 
   // The row behind a tile's last one.
-  int64_t end_of(int64_t index) const { return part(rows_.count, index, tiles_).end; }
+  int64_t end_of(int64_t index) const { return rows_of(index).end; }
 
   // y: of the first row and the block's first channel.
   void run(int64_t index, float* y, ptrdiff_t y_pitch) {
-    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int64_t first = rows_of(index).begin;
     const int rows = set_rows(index);
     float* const out = y + first * y_pitch;
     if (sums_) return run_in_parts(first, rows, out, y_pitch);
@@ -150,7 +154,7 @@ class Block {
 
   // The same to codes.
   void run(int64_t index) {
-    const int64_t first = part(rows_.count, index, tiles_).begin;
+    const int64_t first = rows_of(index).begin;
     const int rows = set_rows(index);
     int8_t* const* const q = codes_->q + first;
     const int8_t* const* const residual = codes_->residual ? codes_->residual + first : nullptr;
@@ -175,9 +179,16 @@ class Block {
   }
 
  private:
+  // Of a tile; none is much smaller than the rest of its line.
+  Range rows_of(int64_t index) const {
+    const Range r = part(line_, index % line_tiles_, line_tiles_);
+    const int64_t line = index / line_tiles_ * line_;
+    return {line + r.begin, line + r.end};
+  }
+
   // Those of a tile, and how many.
   int set_rows(int64_t index) {
-    const Range r = part(rows_.count, index, tiles_);  // no tile is much smaller than the rest
+    const Range r = rows_of(index);
     const int rows = static_cast<int>(r.end - r.begin);
     tile_.rows = rows * rows_.planes;
     set_prefetch(index);
@@ -228,7 +239,9 @@ class Block {
       tile_.bits = rows_.bits + from;
       tile_.mask = rows_.mask ? rows_.mask + from : nullptr;
     } else {
-      tile_.codes = rows_.codes + row * rows_.pitch + step * traits(weights_.format).depth();
+      const ptrdiff_t lines = rows_.line ? row / line_ : 0;
+      tile_.codes = rows_.codes + lines * rows_.line_pitch + (row - lines * line_) * rows_.pitch +
+                    step * traits(weights_.format).depth();
     }
   }
 
@@ -284,7 +297,8 @@ class Block {
   const CodeRows* const codes_;
   bool in_registers_, centred_;
   const bool short_groups_, tall_;
-  const int64_t width_, tiles_;  // of a block, in channels and in tiles
+  const int64_t width_;  // of a block, in channels
+  const int64_t line_, line_tiles_, tiles_;
   Tile tile_{};
   float *scale_, *bias_, *group_scale_, *group_zero_, *group_sum_, *out_, *value_, *total_;
   int32_t *offset_, *sums_;

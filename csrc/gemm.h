@@ -57,6 +57,12 @@ struct Rows {
   const float* scale = nullptr;    // [count]
   const int32_t* sums =
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
+  // Not 0: rows are in pieces (Tile::segments), and each `line` of them `line_pitch` bytes behind
+  // the last.
+  int64_t line = 0;
+  ptrdiff_t line_pitch = 0;
+  const ptrdiff_t* segments = nullptr;
+  int64_t segment_steps = 0;
 };
 
 // Where the codes of an image go, and those that are added before; the last panel is written whole.

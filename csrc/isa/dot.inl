@@ -119,7 +119,7 @@ struct Dot {
       const int8_t* a = t.codes;
       const uint8_t *w = t.w + panel * t.panel_stride, *ahead = t.ahead + panel * t.panel_stride;
       const ptrdiff_t pitch = t.pitch, stride = t.panel_stride;
-      const int64_t end = first + steps;
+      const ptrdiff_t* segment = t.segments;
       const int fetch = t.fetch;
       Sums sums(out);
       const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
@@ -129,18 +129,25 @@ struct Dot {
             x, [&](Reg(&y)[V]) { load_panels<NP>(w, stride, ahead, 0, s, y); }, a + s * (32 / B),
             pitch);
       };
-      int64_t s = first;
-      for (; s + Sums::U <= end; s += Sums::U) {
-        step(s, IntConstant<0>{});
-        if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
-        if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
-        if constexpr (Sums::U > 4) {
-          step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
-          step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+      int64_t s = first, end = first + steps;
+      // Rows in pieces have no groups: `first` is 0.
+      if (segment) a += *segment, end = t.segment_steps;
+      for (;;) {
+        for (; s + Sums::U <= end; s += Sums::U) {
+          step(s, IntConstant<0>{});
+          if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
+          if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
+          if constexpr (Sums::U > 4) {
+            step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
+            step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+          }
         }
+        if constexpr (Sums::U > 1)
+          for (; s < end; ++s) step(s, IntConstant<0>{});
+        if (!segment || s >= steps) break;
+        a = t.codes + *++segment - s * (32 / B);
+        end += t.segment_steps;
       }
-      if constexpr (Sums::U > 1)
-        for (; s < end; ++s) step(s, IntConstant<0>{});
       sums.total(out);
     }
   };
@@ -215,4 +222,5 @@ double probe_dot(int64_t iterations) {
   return static_cast<double>(iterations) * kChains * kRegBytes;
 }
 
+#define LOWBIT_SEGMENTS
 constexpr int64_t room(int64_t) { return 0; }
