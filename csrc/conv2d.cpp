@@ -49,11 +49,12 @@ Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& 
 
 // How many blocks an image is cut into: they fit the cache, and there is one for each of `parts`
 // threads. A block is a range of pixels, or of whole rows for a depthwise convolution.
-int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int parts) {
-  const int64_t units = g.depthwise() ? g.out_height : g.out_height * g.out_width;
+int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, bool lines, int parts) {
+  const int64_t units = g.depthwise() || lines ? g.out_height : g.out_height * g.out_width;
   const int64_t bytes = g.depthwise() ? g.out_width * g.out_channels * 4 : weights.k;
-  const int64_t block = std::clamp(kBlockBytes / std::max<int64_t>(bytes, 1),
-                                   g.depthwise() ? 1 : kMinBlock, kMaxBlock);
+  int64_t block = std::clamp(kBlockBytes / std::max<int64_t>(bytes, 1),
+                             g.depthwise() ? 1 : kMinBlock, kMaxBlock);
+  if (lines) block = std::max<int64_t>(block / g.out_width, 1);
   return std::min(units, round_up(std::max(ceil_div(units, block), int64_t{parts}), parts));
 }
 
@@ -78,12 +79,16 @@ class Layer {
       weights_.packed = w;
       seed_ = seed;
     }
+    lines_ = !depthwise_ && !grouped_ && Columns::by_lines(kernel, g, weights_, depth, images);
   }
 
   // Called by every thread of a team; a barrier must follow.
   void prepare(int thread, int team) const {
     if (depthwise_) depthwise_->make(thread, team);
   }
+
+  // Whether blocks are whole rows of outputs.
+  bool by_lines() const { return lines_ || depthwise_; }
 
   // Whether threads may share the channels of a block.
   bool by_channels() const { return geometry_.groups == 1; }
@@ -99,7 +104,7 @@ class Layer {
     if (grouped_) grouped_->run(images_, image, first, count, y, nullptr, scratch);
     if (depthwise_ || grouped_)
       return kernel_.apply(weights_.epilogue, count, g.out_channels, y, g.out_channels);
-    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_);
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_, lines_);
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
@@ -117,7 +122,7 @@ class Layer {
       run(image, first, count, {0, g.out_channels}, room);
       return kernel_.transpose(count, g.out_channels, room, g.out_channels, y, plane);
     }
-    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_);
+    Columns columns(kernel_, g, weights_, depth_, images_, count, scratch, !seed_, lines_);
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
@@ -148,6 +153,7 @@ class Layer {
   const Images& images_;
   std::optional<DepthwiseWeights> depthwise_;
   std::optional<Grouped> grouped_;
+  bool lines_ = false;  // see Columns::by_lines()
 };
 
 // As many images as one pass quantizes at once.
@@ -178,7 +184,8 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
     const bool own = g.batch % team == 0;
     const bool by_channels = !own && layer.by_channels() && g.y_channels_last &&
                              weights.n * traits(weights.format).bits > pixels * 8;
-    const int64_t blocks = blocks_per_image(g, weights, own || by_channels ? 1 : team);
+    const int64_t blocks =
+        blocks_per_image(g, weights, layer.by_lines(), own || by_channels ? 1 : team);
     const Range mine =
         by_channels ? Range{0, g.batch * blocks} : part(g.batch * blocks, thread, team);
     Range channels{0, weights.n};
@@ -189,7 +196,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
     // Pixels that a block cannot divide: rows, or whole lines of channels first.
     const bool lines =
         !g.y_channels_last && pixels % kLine == 0 && pixels >= std::max(kManyLines, blocks) * kLine;
-    const int64_t unit = g.depthwise() ? g.out_width : lines ? kLine : 1;
+    const int64_t unit = layer.by_lines() ? g.out_width : lines ? kLine : 1;
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
       const Range block = part(pixels / unit, b % blocks, blocks);

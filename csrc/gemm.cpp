@@ -101,9 +101,11 @@ class Block {
         tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
               weights.n <= kernel.tall_nr),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
-        tiles_(ceil_div(rows.count, tile_rows() / rows.planes)),
-        least_(tiles_ ? rows.count / tiles_ : 0),
-        longer_(rows.count - least_ * tiles_),
+        line_(rows.line ? rows.line : rows.count),
+        line_tiles_(ceil_div(line_, tile_rows() / rows.planes)),
+        tiles_(line_tiles_ * (line_ ? rows.count / line_ : 1)),
+        least_(line_tiles_ ? line_ / line_tiles_ : 0),
+        longer_(line_ - least_ * line_tiles_),
         each_(tiles_ ? ceil_div(width_ / kPanel, tiles_) : 0),
         fields_(rows.bits ? 1 : traits(weights.format).planes()) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr;
@@ -137,6 +139,8 @@ class Block {
     tile_.groups = in_tile ? depth.groups : 1;
     tile_.group_steps = depth.group_steps;
     tile_.steps = depth.steps;
+    tile_.segments = rows.segments;
+    tile_.segment_steps = rows.segment_steps;
     if (in_registers_) tile_.requantize = codes->to;
   }
 
@@ -161,11 +165,11 @@ class Block {
   }
 
   // The row behind a tile's last one.
-  int64_t end_of(int64_t index) const { return first_of(index + 1); }
+  int64_t end_of(int64_t index) const { return rows_of(index).end; }
 
   // y: of the first row and the block's first channel.
   void run(int64_t index, float* y, ptrdiff_t y_pitch) {
-    const int64_t first = first_of(index);
+    const int64_t first = rows_of(index).begin;
     const int rows = set_rows(index);
     float* const out = y + first * y_pitch;
     if (sums_) return run_in_parts(first, rows, out, y_pitch);
@@ -181,7 +185,7 @@ class Block {
 
   // The same to codes.
   void run(int64_t index) {
-    const int64_t first = first_of(index);
+    const int64_t first = rows_of(index).begin;
     const int rows = set_rows(index);
     int8_t* const* const q = codes_->q + first;
     const int8_t* const* const residual = codes_->residual ? codes_->residual + first : nullptr;
@@ -205,16 +209,26 @@ class Block {
   }
 
  private:
-  // No tile is much smaller than the rest. Tiles are short: no divisions here.
-  int64_t first_of(int64_t index) const { return index * least_ + std::min(index, longer_); }
+  // Of a tile; none is much smaller than the rest of its line. Tiles are short: no divisions where
+  // there is one line.
+  Range rows_of(int64_t index) const {
+    int64_t first = 0;
+    if (line_tiles_ < tiles_) {
+      const int64_t line = index / line_tiles_;
+      first = line * line_;
+      index -= line * line_tiles_;
+    }
+    first += index * least_ + std::min(index, longer_);
+    return {first, first + least_ + (index < longer_)};
+  }
 
   // Those of a tile, and how many.
   int set_rows(int64_t index) {
-    const int64_t first = first_of(index);
-    const int rows = static_cast<int>(first_of(index + 1) - first);
+    const Range r = rows_of(index);
+    const int rows = static_cast<int>(r.end - r.begin);
     tile_.rows = rows * rows_.planes;
     set_prefetch(index);
-    tile_.row_scale = rows_.scale + first;
+    tile_.row_scale = rows_.scale + r.begin;
     return rows;
   }
 
@@ -262,7 +276,9 @@ class Block {
       tile_.bits = rows_.bits + from;
       tile_.mask = rows_.mask ? rows_.mask + from : nullptr;
     } else {
-      tile_.codes = rows_.codes + row * rows_.pitch + step * traits(weights_.format).depth();
+      const ptrdiff_t lines = rows_.line ? row / line_ : 0;
+      tile_.codes = rows_.codes + lines * rows_.line_pitch + (row - lines * line_) * rows_.pitch +
+                    step * traits(weights_.format).depth();
     }
   }
 
@@ -324,8 +340,9 @@ class Block {
   const CodeRows* const codes_;
   bool in_registers_, centred_;
   const bool short_groups_, tall_;
-  const int64_t width_, tiles_;   // of a block, in channels and in tiles
-  const int64_t least_, longer_;  // rows of a tile, and how many tiles have one more
+  const int64_t width_;                      // of a block, in channels
+  const int64_t line_, line_tiles_, tiles_;  // rows and tiles of a line, tiles of all
+  const int64_t least_, longer_;  // rows of a tile, and how many tiles of a line have one more
   const int64_t each_;            // so many panels of the next block does a tile fetch
   const int fields_;              // of a byte: products of a row and a vector of weights
   Tile tile_{};

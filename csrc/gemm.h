@@ -58,6 +58,12 @@ struct Rows {
   const int32_t* sums =
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
   const int32_t* seed = nullptr;  // not null: the weights are centred; rows need no sums
+  // Not 0: rows are in pieces (Tile::segments), and each `line` of them `line_pitch` bytes behind
+  // the last.
+  int64_t line = 0;
+  ptrdiff_t line_pitch = 0;
+  const ptrdiff_t* segments = nullptr;
+  int64_t segment_steps = 0;
 };
 
 // 8-bit codes less 128, padding 0, for Kernel::dot_centred: w of the size of weights.packed, and

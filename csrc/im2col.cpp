@@ -21,9 +21,19 @@ bool Columns::wants_sums(const Conv2dGeometry& g, const Weights& weights, const 
   return !g.depthwise() && depth.chunks() == 1 && width >= traits(weights.format).depth();
 }
 
+bool Columns::by_lines(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
+                       const Depth& depth, const Images& images) {
+  // Tiles end with a row of outputs: where too much of the last ones is empty, copying is faster.
+  constexpr int64_t kEmpty = 8;
+  const int64_t width = g.out_width, whole = round_up(width, kernel.mr);
+  return kernel.segments && g.y_channels_last && !images.use_bits() && images.planes() == 1 &&
+         !weights.group_scale && wants_sums(g, weights, depth) && !is_pointwise(g, images) &&
+         (whole - width) * kEmpty <= width;
+}
+
 Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
                  const Depth& depth, const Images& images, int64_t block, Scratch& scratch,
-                 bool want_sums)
+                 bool want_sums, bool lines)
     : kernel_(kernel),
       geometry_(g),
       depth_(depth),
@@ -37,6 +47,7 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
       wants_sums_(want_sums),
       clears_padding_(want_sums && !pixel_sums_ && !images.use_bits() &&
                       (g.groups > 1 || images.view()) && tap_ > width_ && summed_ == k_),
+      lines_(lines),
       in_place_(is_pointwise(g, images) && images.planes() == 1 && !clears_padding_) {
   const bool bits = images.use_bits();
   const int64_t taps = g.kernel_h * g.kernel_w, tap = bytes_ / std::max<int64_t>(taps, 1);
@@ -51,7 +62,7 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
   if (pitch_ % 1024 == 0) pitch_ += kVectorBytes;
   if (in_place_) pitch_ = images.pitch();
   const int64_t rows = block * images.planes();
-  const int64_t size = in_place_ ? 0 : rows * pitch_ + kVectorBytes;
+  const int64_t size = in_place_ || lines_ ? 0 : rows * pitch_ + kVectorBytes;
   scratch.cut(piece(segments_, taps), piece(codes_, size),
               piece(mask_, bits && images.padded() ? size : 0), piece(sums_, rows * depth.chunks()),
               piece(scale_, block));
@@ -70,7 +81,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
   for (int64_t i = 0; i < count;) {
     const int64_t y = (first + i) / g.out_width, x = (first + i) % g.out_width;
     const Run run{i, std::min(count - i, g.out_width - x), y * g.stride_h, x * g.stride_w};
-    if (!in_place_) {
+    if (!in_place_ && !lines_) {
       for (int p = 0; p < planes; ++p)
         gather(run, images_.pixel(image, p, run.y, run.x), group, codes_ + p * pitch_, planes);
       if (mask_) gather(run, images_.mask(run.y, run.x), group, mask_, 1);
@@ -93,6 +104,15 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
     rows.mask = reinterpret_cast<const uint32_t*>(mask_);
   } else {
     rows.codes = codes;
+  }
+  if (lines_) {
+    rows.codes = images_.pixel(image, 0, first / g.out_width * g.stride_h, 0) +
+                 group * images_.group_bytes();
+    rows.pitch = g.stride_w * images_.pitch();
+    rows.line = g.out_width;
+    rows.line_pitch = g.stride_h * images_.row_pixels() * images_.pitch();
+    rows.segments = segments_;
+    rows.segment_steps = depth_.steps / segment_count_;
   }
   if (clears_padding_) clear_padding(count * planes);
   if (!pixel_sums_ && wants_sums_) sum_rows(rows);

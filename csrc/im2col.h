@@ -12,7 +12,12 @@ class Columns {
   // Room for blocks of up to `block` output pixels, in `scratch`.
   Columns(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
           const Depth& depth, const Images& images, int64_t block, Scratch& scratch,
-          bool want_sums = true);
+          bool want_sums = true, bool lines = false);
+
+  // Whether rows are read where they are in the images, each output row apart: blocks are then
+  // whole rows of outputs.
+  static bool by_lines(const Kernel& kernel, const Conv2dGeometry& geometry, const Weights& weights,
+                       const Depth& depth, const Images& images);
 
   // Whether sums of rows are made of sums of pixels.
   static bool wants_sums(const Conv2dGeometry& geometry, const Weights& weights,
@@ -42,6 +47,7 @@ class Columns {
   const int64_t width_, tap_;  // channels of a group, the same with padding
   const int64_t summed_;       // the codes of a row that are summed are the first ones
   const bool pixel_sums_, wants_sums_, clears_padding_;
+  const bool lines_;     // see by_lines()
   const bool in_place_;  // the image's pixels are the rows: 1x1, stride 1, no padding
   int64_t pitch_, segment_bytes_, segment_count_;
   ptrdiff_t* segments_;

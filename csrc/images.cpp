@@ -182,14 +182,24 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
                  i += here;
                }
              });
+  // What no output reads need not be encoded, unless it is searched for what is not finite, too.
+  const bool skips = by_rows && !fixed_.fixed && g.kernel_h * g.kernel_w == 1 && !g.depthwise() &&
+                     g.stride_h * g.stride_w > 1;
   // From the end: what was searched last for the largest is still in the cache.
   for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
+    if (skips && y % g.stride_h != 0) continue;
     if (in < 0 || in >= g.height) {
       encode_padding(image, y, 0, width_);
       continue;
     }
-    if (by_rows) encode_run(x + in * g.width * g.channels, image, y, 0, g.width, nullptr);
+    const float* const row = x + in * g.width * g.channels;
+    if (skips)
+      for (int64_t at = round_up(g.pad_left, g.stride_w) - g.pad_left; at < g.width;
+           at += g.stride_w)
+        encode_run(row + at * g.channels, image, y, at, 1, nullptr);
+    else if (by_rows)
+      encode_run(row, image, y, 0, g.width, nullptr);
     if (g.pad_left > 0) encode_padding(image, y, 0, g.pad_left);
     if (g.pad_left + g.width < width_) encode_padding(image, y, g.pad_left + g.width, width_);
     if (sums_) sum_row(image, y);

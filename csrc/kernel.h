@@ -47,6 +47,10 @@ struct Tile {
   ptrdiff_t panel_stride;
   uint8_t* room;  // Kernel::room bytes of scratch, 64-byte aligned
   int64_t steps, group_steps, groups;
+  // Not null (Kernel::segments): a row is in pieces of `segment_steps` steps, which begin so many
+  // bytes behind `codes`; without groups.
+  const ptrdiff_t* segments;
+  int64_t segment_steps;
   const int32_t* offset;  // [rows][groups], `offset_pitch` apart: added to a group's sums
   ptrdiff_t offset_pitch;
   int32_t* sums;  // not null: sums of the only group go to [rows][nr], and no more
@@ -144,6 +148,7 @@ struct Kernel {
   int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
   int group_mr;          // rows of a tall one that combines groups in registers, or 0
 
+  bool segments;               // whether `dot` takes rows in pieces
   int64_t (*room)(int64_t k);  // bytes of scratch that `dot` needs for rows of k
 
   // s[r][c] = offset + sum over k of mul * code[c][k] * a[r][k], a group; int32 arithmetic modulo

@@ -66,16 +66,22 @@ void sum_rows(const int8_t* rows, ptrdiff_t pitch, int64_t count, int64_t k, int
   for (int64_t i = 0; i < kVectorBytes; ++i) last[i] = i < k - whole;
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t here = count - first < kLanes ? count - first : kLanes;
-    Lanes sums[kLanes] = {};
-    for (int64_t r = 0; r < here; ++r) {
-      const uint8_t* a = reinterpret_cast<const uint8_t*>(rows + (first + r) * pitch);
-      Reg sum = zero();
-      for (int64_t at = 0; at < whole; at += kRegBytes) sum = dot<1>(sum, bytes(1), load(a + at));
-      if (k > whole)
-        LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) sum =
-            dot<1>(sum, load(last + i * kRegBytes), load(a + whole + i * kRegBytes));
-      store(reinterpret_cast<int32_t*>(&sums[r]), sum);
+    // Fewer rows than lanes: the last one again, whose sums are not stored.
+    const uint8_t* a[kLanes];
+    Reg sum[kLanes];
+    LOWBIT_UNROLL for (int r = 0; r < kLanes; ++r) {
+      a[r] = reinterpret_cast<const uint8_t*>(rows + (first + (r < here ? r : here - 1)) * pitch);
+      sum[r] = zero();
     }
+    for (int64_t at = 0; at < whole; at += kRegBytes)
+      LOWBIT_UNROLL for (int r = 0; r < kLanes; ++r) sum[r] =
+          dot<1>(sum[r], bytes(1), load(a[r] + at));
+    if (k > whole)
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) LOWBIT_UNROLL for (int r = 0; r < kLanes; ++r)
+          sum[r] = dot<1>(sum[r], load(last + i * kRegBytes), load(a[r] + whole + i * kRegBytes));
+    Lanes sums[kLanes];
+    LOWBIT_UNROLL for (int r = 0; r < kLanes; ++r)
+        __builtin_memcpy(&sums[r], &sum[r], sizeof(Lanes));
     LOWBIT_UNROLL for (int n = kLanes / 2; n > 0; n /= 2) LOWBIT_UNROLL for (int i = 0; i < n; ++i)
         add_pairs(sums[2 * i], sums[2 * i + 1], sums[i]);
     if (here == kLanes)

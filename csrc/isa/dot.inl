@@ -14,13 +14,15 @@ struct Panels {
   ptrdiff_t stride, ahead_stride, ahead_step;
   int fetch;
 
-  LOWBIT_INLINE Panels(const Tile& t, int panel)
+  LOWBIT_INLINE Panels(const Tile& t, int panel) : Panels(t, panel, t.fetch) {}
+
+  LOWBIT_INLINE Panels(const Tile& t, int panel, int lines)
       : w(t.w + panel * t.panel_stride),
         ahead(t.ahead + panel * t.panel_stride),
         stride(t.panel_stride),
         ahead_stride(t.panel_stride),
         ahead_step(kVectorBytes),
-        fetch(t.fetch) {
+        fetch(lines) {
     if constexpr (NP > 1 && NP == kTallPanels) {
       constexpr ptrdiff_t kLeast = 8192;  // nearer lines would come late
       if (!t.in_order) return;
@@ -155,7 +157,7 @@ struct Dot {
       const int8_t* a = t.codes;
       const Panels<NP> panels(t, panel);
       const ptrdiff_t pitch = t.pitch;
-      const int64_t end = first + steps;
+      const ptrdiff_t* segment = t.segments;
       Sums sums(out);
       const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
         Reg x[V];
@@ -163,18 +165,25 @@ struct Dot {
         sums.template add_step<decltype(index)::value>(
             x, [&](Reg(&y)[V]) { panels.load_again(s, y); }, a + s * (32 / B), pitch);
       };
-      int64_t s = first;
-      for (; s + Sums::U <= end; s += Sums::U) {
-        step(s, IntConstant<0>{});
-        if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
-        if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
-        if constexpr (Sums::U > 4) {
-          step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
-          step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+      int64_t s = first, end = first + steps;
+      // Rows in pieces have no groups: `first` is 0.
+      if (segment) a += *segment, end = t.segment_steps;
+      for (;;) {
+        for (; s + Sums::U <= end; s += Sums::U) {
+          step(s, IntConstant<0>{});
+          if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
+          if constexpr (Sums::U > 2) step(s + 2, IntConstant<2>{}), step(s + 3, IntConstant<3>{});
+          if constexpr (Sums::U > 4) {
+            step(s + 4, IntConstant<4>{}), step(s + 5, IntConstant<5>{});
+            step(s + 6, IntConstant<6>{}), step(s + 7, IntConstant<7>{});
+          }
         }
+        if constexpr (Sums::U > 1)
+          for (; s < end; ++s) step(s, IntConstant<0>{});
+        if (!segment || s >= steps) break;
+        a = t.codes + *++segment - s * (32 / B);
+        end += t.segment_steps;
       }
-      if constexpr (Sums::U > 1)
-        for (; s < end; ++s) step(s, IntConstant<0>{});
       sums.total(out);
     }
   };
@@ -186,32 +195,27 @@ struct Dot {
     static constexpr int kRoom = (kGroupSums > 4 ? kGroupSums : 4) / (MR * V);
     using Sums = Chains<B, S, MR, V, power_of_two(kRoom < kWanted ? kRoom : kWanted)>;
     const Tile& t;
-    const uint8_t *const w, *const ahead;
-    const ptrdiff_t pitch, stride;
-    const int fetch;
+    const Panels<NP> panels;
+    const ptrdiff_t pitch;
 
     LOWBIT_INLINE WholeGroup(const Tile& tile, int panel)
         : t(tile),
-          w(tile.w + panel * tile.panel_stride),
-          ahead(tile.ahead + panel * tile.panel_stride),
-          pitch(tile.pitch),
-          stride(tile.panel_stride),
-          fetch(MR <= kStreamRows ? NP : tile.fetch) {}  // so few rows always fetch
+          panels(tile, panel, MR <= kStreamRows ? NP : tile.fetch),  // so few rows always fetch
+          pitch(tile.pitch) {}
 
     LOWBIT_INLINE void operator()(int64_t first, Reg (&out)[MR][V]) const {
       Sums sums(out);
-      step<0>(sums, t.codes + first * (32 / B), first * kVectorBytes);
+      step<0>(sums, t.codes + first * (32 / B), first);
       sums.total(out);
     }
 
     template <int I>
-    LOWBIT_INLINE void step(Sums& sums, const int8_t* a, ptrdiff_t at) const {
+    LOWBIT_INLINE void step(Sums& sums, const int8_t* a, int64_t first) const {
       Reg x[V];
-      load_panels<NP>(w + at, stride, ahead + at, fetch, I, x);
+      panels.load_step(first + I, x);
       sums.template add_step<I % Sums::U>(
-          x, [&](Reg(&y)[V]) { load_panels<NP>(w + at, stride, ahead, 0, I, y); }, a + I * (32 / B),
-          pitch);
-      if constexpr (I + 1 < Steps) step<I + 1>(sums, a, at);
+          x, [&](Reg(&y)[V]) { panels.load_again(first + I, y); }, a + I * (32 / B), pitch);
+      if constexpr (I + 1 < Steps) step<I + 1>(sums, a, first);
     }
   };
 
@@ -308,4 +312,5 @@ double probe_dot(int64_t iterations) {
   return static_cast<double>(iterations) * kChains * kRegBytes;
 }
 
+#define LOWBIT_SEGMENTS
 constexpr int64_t room(int64_t) { return 0; }

@@ -113,6 +113,12 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 constexpr void (*dot_centred)(const Tile&) = nullptr;
 #endif
 
+#ifdef LOWBIT_SEGMENTS
+constexpr bool kSegments = true;
+#else
+constexpr bool kSegments = false;
+#endif
+
 #if defined(LOWBIT_CARRY_SAVE)
 #include "carry_save.inl"
 #elif defined(LOWBIT_BYTE_COUNTS)

@@ -16,6 +16,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kTallMr,
     kTallPanels* kPanel,
     kGroupSums / (kTallPanels * kRegs) / 2 * 2,
+    kSegments,
     room,
     {
 #define X(name, bits, mul, add) Dot<bits, traits(Format::name).shift()>::run,

@@ -193,11 +193,9 @@ TEST_CASE("images large enough for several threads") {
   // A thread is woken for about a million multiply-accumulates.
   constexpr struct {
     int64_t batch, size, channels, out_channels, groups, stride;
-  } kSizes[] = {{1, 15, 36, 67, 1, 1},
-                {3, 19, 40, 33, 1, 2},
-                {2, 13, 66, 64, 2, 1},
-                {1, 45, 150, 150, 150, 1},
-                {5, 1, 700, 300, 1, 1}};
+  } kSizes[] = {{1, 15, 36, 67, 1, 1},     {3, 19, 40, 33, 1, 2}, {2, 13, 66, 64, 2, 1},
+                {1, 24, 40, 70, 1, 1},     {3, 35, 36, 66, 1, 2}, {1, 17, 70, 76, 2, 1},
+                {1, 45, 150, 150, 150, 1}, {5, 1, 700, 300, 1, 1}};
   for (const auto& pair : kThreadedPairs) {
     Lcg draw(26);
     for (const auto& size : kSizes) {
