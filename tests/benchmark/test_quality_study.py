@@ -74,6 +74,20 @@ def test_float_weights_round_activations_alone(tiny):
     assert not model[0]._forward_pre_hooks
 
 
+def test_a_model_that_is_distilled(tiny):
+    calls = []
+    tiny.data.learning = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(9)]
+    tiny.data.deviation = lambda wanted, found: 0.125
+    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill=60))
+    plain, better = (measure(QualityCase("tiny", name)) for name in ("w2a8", "w2a8, distilled"))
+    assert calls == [1]
+    assert better.score < plain.score
+    assert better.size == plain.size
+    assert better.deviation == 0.125
+    text = page.page({("tiny", "w2a8, distilled"): better}, "a command")
+    assert f"| {better.score:.3f} ±0.125 |" in text
+
+
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):
     case = QualityCase("tiny", "w2a8")
     kept = {}
