@@ -74,6 +74,22 @@ def test_float_weights_round_activations_alone(tiny):
     assert not model[0]._forward_pre_hooks
 
 
+def test_a_model_that_is_distilled(tiny):
+    calls = []
+    tiny.data.learning = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(9)]
+    tiny.data.deviation = lambda wanted, found: 0.125
+    tiny.data.clear = lambda wanted, found: 0.0625
+    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill=60))
+    plain, better = (measure(QualityCase("tiny", name)) for name in ("w2a8", "w2a8, distilled"))
+    assert calls == [1]
+    assert better.score < plain.score
+    assert better.size == plain.size
+    assert better.deviation == 0.125
+    text = page.page({("tiny", "w2a8, distilled"): better}, "a command")
+    assert "without near ties" in text
+    assert f"| {better.score:.3f} ±0.125 |               0.062 |" in text
+
+
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):
     case = QualityCase("tiny", "w2a8")
     kept = {}
@@ -176,6 +192,14 @@ def test_the_standard_error_is_that_of_photographs():
     assert photographs.deviation(wanted, found) == 0.0
     found[: photographs.TEST_CROPS] = torch.tensor([0.0, 1.0])  # of one photograph, all
     assert photographs.deviation(wanted, found) == pytest.approx(100 / 3)
+
+
+def test_near_ties_can_be_left_out():
+    wanted = torch.tensor([[3.0, 0], [0.05, 0], [0, 2]])
+    found = torch.tensor([[3.0, 0], [0, 0.05], [0, 2]])
+    assert photographs.score(wanted, found) == pytest.approx(200 / 3)
+    assert photographs.clear(wanted, found) == 100.0
+    assert photographs.clear(wanted, -found) == 0.0
 
 
 def test_agreement():

@@ -89,6 +89,8 @@ LEARNING_CROPS = 16
 """Of each photograph to learn from by descent."""
 TEST_CROPS = 12
 """Of each photograph to test with."""
+MARGIN = 0.05
+"""Of probability: a crop with less between the first guess and the second is a near tie."""
 BATCH = 8
 _CALIBRATION_SIDE, _TEST_SIDE = 0.3, 0.7  # of the shorter side, at least
 _LARGEST = 1024  # pixels of the longer side: larger photographs are reduced first
@@ -156,6 +158,13 @@ def deviation(wanted: Tensor, found: Tensor) -> float:
     """
     same = (wanted.argmax(1) == found.argmax(1)).double().view(-1, TEST_CROPS).mean(1)
     return 100 * float(same.std() / len(same) ** 0.5)
+
+
+def clear(wanted: Tensor, found: Tensor) -> float:
+    """The score of the crops with `MARGIN` between the first two guesses in float32."""
+    first = wanted.softmax(1).topk(2).values
+    sure = first[:, 0] - first[:, 1] >= MARGIN
+    return score(wanted[sure], found[sure])
 
 
 def _path(package: str, file: str) -> Path:

@@ -65,7 +65,7 @@ class Network:
     Attributes:
         title: of its table.
         data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
-            standard error of the score, and `learning`, if a method needs these.
+            standard error of the score, `clear`, and `learning`, if a method needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -137,7 +137,7 @@ def _curve(
 
 
 BLOCK_STEPS = 100
-DISTILL_STEPS = 150
+DISTILL_STEPS = 100
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -275,6 +275,8 @@ class QualityResult:
         seconds: what `lowbit.quantize` took.
         threads: torch's.
         deviation: standard error of the score; 0 where it is not known.
+        clear: the score of those inputs alone of which the float model is sure; None where the
+            data do not tell them.
     """
 
     score: float
@@ -283,6 +285,7 @@ class QualityResult:
     seconds: float
     threads: int
     deviation: float = 0.0
+    clear: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -324,9 +327,10 @@ def measure(case: QualityCase) -> QualityResult:
     if not method.float_weights:
         report = summary(quantized)
         size, float_size = report.bytes_after, report.bytes_before
-    deviation = getattr(network.data, "deviation", None)
+    deviation, clear = (getattr(network.data, name, None) for name in ("deviation", "clear"))
     spread = 0.0 if deviation is None else float(deviation(wanted, found))
-    return QualityResult(score, size, float_size, seconds, torch.get_num_threads(), spread)
+    sure = None if clear is None else float(clear(wanted, found))
+    return QualityResult(score, size, float_size, seconds, torch.get_num_threads(), spread, sure)
 
 
 def rounded_inputs(model: nn.Module, scheme: Scheme) -> nn.Module:
