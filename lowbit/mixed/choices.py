@@ -179,7 +179,8 @@ class Choices:
         """Choices of a cost of at most `limit` on the way from one to the knapsack's.
 
         Each layer that is not as in `base` has a price, from one to the next a lower one: first
-        only exchanges that gain much are made, at last all that gain, if damages add up.
+        only exchanges that gain much are made, at last all that gain, if damages add up. Choices
+        that would gain nothing are left out.
         """
         damages = [row.damage for row in self._options]
         total = math.fsum(row[index] for row, index in zip(damages, base, strict=True))
@@ -191,9 +192,11 @@ class Choices:
                 for row, index in zip(damages, base, strict=True)
             ]
             choice = Knapsack(table, self._costs).solve(limit)
-            if choice is not None:
+            if choice is None:
+                continue
+            rows = zip(damages, choice, strict=True)
+            if math.fsum(row[index] for row, index in rows) < total:
                 found[tuple(choice)] = None
-        found.pop(tuple(base), None)
         return list(found)
 
     def propose_above(self, floor: Budget) -> None:

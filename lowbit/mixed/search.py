@@ -343,10 +343,13 @@ class _Run:
         mixes = [trial.choice for trial in allowed if trial.choice not in fitting][:_FINALS]
         if finals.learn and self.fitting:
             base = min(self.fitting, key=lambda f: f.losses.mean(self._measurer.looked))
-            # The first ones change least, which is where the knapsack is most sure.
             ways = choices.exchanges(base.choice, room)
-            mixes = [choice for choice in ways if choice not in fitting]
-            mixes = [c for c in mixes if choices.measure(c, "exchanging").bytes <= max_bytes]
+            mixes = [
+                choice
+                for choice in ways
+                if choice not in fitting
+                and self._measurer.bench.bytes(choices.assignment(choice)) <= max_bytes
+            ]
         return finals.pick([finals.measure(choices, choice) for choice in mixes], self.fitting)
 
     def within_seconds(self, limit: float) -> _Result:
