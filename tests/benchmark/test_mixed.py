@@ -1,10 +1,15 @@
 """The page of mixed against uniform schemes."""
 
+import dataclasses
+
 import pytest
 import torch
+from mixed_nets import LAYERS, batches, net
 
-from lowbit.benchmark.mixed import Line, Options, searched_for
-from lowbit.benchmark.mixed_networks import NETWORKS
+import lowbit.benchmark.mixed
+from lowbit.baselines import weight_bytes
+from lowbit.benchmark.mixed import Line, Options, run, searched_for
+from lowbit.benchmark.mixed_networks import NETWORKS, Data
 from lowbit.benchmark.mixed_page import page
 from lowbit.mixed.layers import parse_schemes
 
@@ -69,3 +74,40 @@ def test_schemes_of_the_networks(name):
         assert any(s.learns for s in choices.values()) == learned
         assert any(s.learns for s in uniform.values()) == learned
     assert list(parse_schemes(Options(name, schemes=("w4a8",)).choices)) == ["w4a8"]
+
+
+def test_a_small_network(tmp_path, monkeypatch):
+    data = Data(batches(2, seed=3), batches(6, rows=4, seed=4), batches(4, seed=5))
+    schemes = (("w8a8", "w4a8-gptq", "w2a8-gptq"), ("w8a8", "w4a8", "w2a8"))
+    small = dataclasses.replace(
+        NETWORK,
+        load=net,
+        data=lambda: data,
+        schemes=schemes,
+        uniform=schemes,
+        target=None,
+    )
+    monkeypatch.setitem(NETWORKS, "small", small)
+    options = Options("small", learned=True)
+    lines = run(options, tmp_path / "new", lambda *_: None)
+    assert [line.name for line in lines] == [
+        *schemes[0],
+        "half of w8a8",
+        "as w4a8-gptq",
+    ]
+    uniform, mixed = lines[:3], {line.name: line for line in lines[3:]}
+    for line in uniform:
+        copy = lowbit.quantize(
+            net(), line.name, **({} if line.name == "w8a8" else {"calibration": data.learn})
+        )
+        assert line.bytes == weight_bytes(copy)
+        with torch.inference_mode():
+            sides = [torch.cat([m(x) for x in data.tests]) for m in (net(), copy)]
+        assert line.figures == small.figures(*sides)
+        assert line.bytes - line.layer_bytes == lines[0].bytes - lines[0].layer_bytes
+    assert mixed["as w4a8-gptq"].bytes <= uniform[1].bytes
+    assert mixed["half of w8a8"].layer_bytes <= uniform[0].layer_bytes / 2
+    assert sum(mixed["half of w8a8"].layers.values()) == len(LAYERS)
+    monkeypatch.setattr(lowbit.benchmark.mixed, "search_many", None)
+    assert run(options, tmp_path / "new", lambda *_: None) == lines, "all of it was on record"
+    assert "as w4a8-gptq" in page({"small": lines}, "x")
