@@ -8,7 +8,7 @@ import pytest
 from lowbit.mixed.choices import Choices, Options
 from lowbit.mixed.finals import Final, Finals
 from lowbit.mixed.layers import Conversion
-from lowbit.mixed.measure import Losses, split
+from lowbit.mixed.measure import Losses, Steps, split
 
 
 def test_every_third_batch_is_held_back():
@@ -25,7 +25,7 @@ def _final(*damage, uniform=""):
 @pytest.fixture
 def finals():
     measurer = SimpleNamespace(looked=(0, 2), held=(1, 3))
-    return Finals(None, measurer, Conversion(), ["w4a8"])
+    return Finals(None, measurer, Conversion(), ["w4a8"], Steps(None, 1))
 
 
 def test_a_mix_that_is_better_on_both_parts_is_returned(finals):

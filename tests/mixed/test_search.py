@@ -199,6 +199,18 @@ def test_a_floor_is_kept_at_few_bytes(floor):
     assert found.bytes == weight_bytes(copy) < 0.5 * weight_bytes(model)
 
 
+def test_a_floor_that_a_uniform_scheme_keeps_is_met_at_no_more_bytes():
+    model, data, calibration = net(), batches(4, rows=4), batches(4, rows=16, seed=5)
+    schemes = ("w8a8", "w4a8-gptq")
+    copy = lowbit.quantize(model, "w4a8-gptq", calibration=calibration)
+    floor = f"{_quality(model, copy, data).sqnr_db - 0.01:.4f}dB"
+    found = lowbit.search(
+        model, data, floor, schemes, calibration=calibration, allow_slower=True, rounds=0, front=0
+    )
+    assert found.bytes <= weight_bytes(copy)
+    assert found.quality.sqnr_db >= float(floor[:-2])
+
+
 def test_a_floor_of_the_users_own():
     def worst(reference, output):
         return {"close": 1 - (reference - output).abs().max() / reference.abs().max()}
