@@ -61,6 +61,16 @@ def test_what_is_searched_for():
     }
 
 
+def test_schemes_of_one_size_share_a_search():
+    twin = dataclasses.replace(LINES[1], name="w4a16")
+    lines = [*LINES[:2], twin, dataclasses.replace(twin, name="w2a8", bytes=1500)]
+    assert searched_for(lines) == {2050: "half of w8a8", 2200: "as w4a8"}
+    text = page({"efficientnet": [*lines, *LINES[2:]]}, "x").split("uniform -> mixed: ")[1]
+    assert text.startswith("w4a8 KL")
+    assert "; w4a16 KL" in text
+    assert "w2a8" not in text.split("\n")[0]
+
+
 def test_a_target_that_is_missed():
     half = Line("half of w8a8", 1990, 1890, _figures(3.0), True, {}, 0.0)
     assert "not reached" in page({"efficientnet": [*LINES[:2], half, LINES[3]]}, "x")
