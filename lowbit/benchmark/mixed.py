@@ -166,10 +166,13 @@ def searched_for(lines: Sequence[Line]) -> dict[int, str]:
     """Bytes to search for, and what they are.
 
     Half of the first scheme's layers, and those of each scheme between the largest and the
-    smallest: at these two there is nothing to choose.
+    smallest: at these two there is nothing to choose. Schemes of one size share a search.
     """
     sizes = sorted(line.bytes for line in lines)
     first = lines[0]
     half = first.bytes - (first.layer_bytes + 1) // 2
-    between = [line for line in lines if sizes[0] < line.bytes < sizes[-1]]
-    return {half: f"half of {first.name}"} | {line.bytes: f"as {line.name}" for line in between}
+    found = {half: f"half of {first.name}"}
+    for line in lines:
+        if sizes[0] < line.bytes < sizes[-1]:
+            found.setdefault(line.bytes, f"as {line.name}")
+    return found

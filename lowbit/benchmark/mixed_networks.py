@@ -139,11 +139,11 @@ NETWORKS: Mapping[str, Network] = {
         run,
         "classification",
         (
-            ("w8a16", "w4a16-descent", "w2a16-g64-descent"),
+            ("w8a16", "w4a16-g32-descent", "w4a16-descent", "w2a16-g64-descent"),
             ("w8a16", "w4a16", "w4a16-g32", "w2a16-g32"),
         ),
         (
-            ("w8a8", "w4a8-descent", "w4a16-descent", "w4a8-g32-descent", "w2a16-g64-descent"),
+            ("w8a8", "w4a8-g32-descent", "w4a8-descent", "w4a16-descent", "w2a16-g64-descent"),
             ("w8a8", "w4a8", "w4a8-g32", "w2a8-g32"),
         ),
         _classified,
@@ -160,11 +160,11 @@ NETWORKS: Mapping[str, Network] = {
         _embedding,
         "embeddings",
         (
-            ("w8a8", "w4a8-g64-descent", "w2a8-g32-descent"),
-            ("w8a8", "w4a8-g64", "w2a8-g32"),
+            ("w8a8", "w4a8-g32-descent", "w4a8-g64-descent", "w2a8-g32-descent"),
+            ("w8a8", "w4a8-g32", "w4a8-g64", "w2a8-g32"),
         ),
         (
-            ("w8a8", "w4a8-g32-gptq", "w4a8-g64-descent", "w2a8-g32-descent"),
+            ("w8a8", "w4a8-g32-descent", "w4a8-g64-descent", "w2a8-g32-descent"),
             ("w8a8", "w4a8-g32", "w4a8-g64", "w2a8-g32"),
         ),
         _embedded,

@@ -55,7 +55,11 @@ def table(network: Network, lines: Sequence[Line]) -> str:
 
 def _comparison(network: Network, lines: Sequence[Line]) -> str:
     mixed = {line.name: line for line in lines if line.mixed}
-    pairs = [(line, mixed[f"as {line.name}"]) for line in lines if f"as {line.name}" in mixed]
+    first: dict[int, str] = {}  # of the schemes of one size
+    for line in lines:
+        first.setdefault(line.bytes, f"as {line.name}")
+    uniform = [line for line in lines if not line.mixed and first[line.bytes] in mixed]
+    pairs = [(line, mixed[first[line.bytes]]) for line in uniform]
     told = [
         f"{one.name} "
         + ", ".join(f"{c.header} {_text(c, one)} -> {_text(c, two)}" for c in network.columns)

@@ -7,7 +7,9 @@ sensitivity  each layer's effect, alone and accumulated
 effects      the result of that
 budget       what a search has to keep to
 knapsack     the choice of one scheme per layer
-search       the choice, measured and refined
+choices      choices, measured with layers put into the float model one by one, and refined
+finals       choices as `lowbit.quantize` converts them, and which of them is returned
+search       all of it: the choice, measured, refined and confirmed
 found        the result of that
 command      both on the command line
 """

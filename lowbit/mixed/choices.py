@@ -179,10 +179,12 @@ class Choices:
         """Choices of a cost of at most `limit` on the way from one to the knapsack's.
 
         Each layer that is not as in `base` has a price, from one to the next a lower one: first
-        only exchanges that gain much are made, at last all that gain, if damages add up.
+        only exchanges that gain much are made, at last all that gain, if damages add up. Where that
+        is none it is the best choice that costs less than `base`: damages may not add up.
         """
         damages = [row.damage for row in self._options]
         total = math.fsum(row[index] for row, index in zip(damages, base, strict=True))
+        below = math.nextafter(self.cost(base), -math.inf)
         found: dict[tuple[int, ...], None] = {}
         for price in sorted(_PRICES, reverse=True):
             extra = price * total / len(damages) if math.isfinite(total) else 0.0
@@ -190,10 +192,12 @@ class Choices:
                 [damage + extra * (option != index) for option, damage in enumerate(row)]
                 for row, index in zip(damages, base, strict=True)
             ]
-            choice = Knapsack(table, self._costs).solve(limit)
-            if choice is not None:
+            knapsack = Knapsack(table, self._costs)
+            choice = knapsack.solve(limit)
+            if choice == list(base):
+                choice = knapsack.solve(below)
+            if choice is not None and choice != list(base):  # nothing is cheaper than the cheapest
                 found[tuple(choice)] = None
-        found.pop(tuple(base), None)
         return list(found)
 
     def propose_above(self, floor: Budget) -> None:

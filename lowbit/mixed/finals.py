@@ -20,7 +20,7 @@ from torch import nn
 from lowbit.baselines import eval_mode, weight_bytes
 from lowbit.mixed.choices import Choices
 from lowbit.mixed.layers import Assignment, Conversion
-from lowbit.mixed.measure import Losses, Measurer, key
+from lowbit.mixed.measure import Losses, Measurer, Steps, key
 from lowbit.quality import Quality
 from lowbit.schemes import Scheme
 
@@ -78,13 +78,19 @@ class Finals:
         measurer: measures them.
         conversion: converts them.
         names: of the schemes.
+        steps: is told of every conversion.
     """
 
     def __init__(
-        self, model: nn.Module, measurer: Measurer, conversion: Conversion, names: Sequence[str]
+        self,
+        model: nn.Module,
+        measurer: Measurer,
+        conversion: Conversion,
+        names: Sequence[str],
+        steps: Steps,
     ) -> None:
         self._model, self._measurer, self._conversion = model, measurer, conversion
-        self._names = names
+        self._names, self._steps = names, steps
         self.learn = bool(conversion.options) or any(Scheme.parse(name).learns for name in names)
         """Whether layers learn from data together."""
         self._found: dict[tuple[int, ...], Final] = {}
@@ -115,7 +121,10 @@ class Finals:
                 losses = self._measurer.losses_of(copied)
             return {"bytes": weight_bytes(copied), **losses.to_dict()}
 
-        entry = self._measurer.journal.get(f"final {key(assignment)}", measure)
+        name = f"final {key(assignment)}"
+        restored = name in self._measurer.journal
+        entry = self._measurer.journal.get(name, measure)
+        self._steps.step("converting choices", restored)
         return entry["bytes"], Losses(Quality(**entry["quality"]), tuple(entry["damage"]))
 
     def pick(self, mixes: Iterable[Final], uniforms: Sequence[Final]) -> Final:

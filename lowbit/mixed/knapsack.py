@@ -22,7 +22,7 @@ class Knapsack:
     """All layers' options; what depends on no budget is computed once.
 
     Costs are rounded up to units, of which the whole range has 16,384 or 64 per layer: a choice
-    never costs more than it was allowed to, and misses options that cost less than a unit a layer
+    never costs more than it was allowed to, and may miss options that cost less than a unit a layer
     less than that.
 
     Args:
@@ -83,10 +83,23 @@ class Knapsack:
         room = (budget - self.least) / self._unit
         if room < -1e-9:
             return None
-        left = min(self._choice.shape[1] - 1, max(0, math.floor(room * (1 + 1e-12))))
-        chosen = [0] * len(self._options)
+        left = max(0, math.floor(room * (1 + 1e-12)))
+        # Costs were rounded up, by up to a unit each: what that hides is looked for first.
+        slack = len(self._options)
+        while slack:
+            chosen, cost = self._walk(left + slack)
+            if cost <= budget:
+                return chosen
+            slack //= 2
+        return self._walk(left)[0]
+
+    def _walk(self, left: int) -> tuple[list[int], float]:
+        """The options of the least damage with at most so many units, and what they cost."""
+        left = min(left, self._choice.shape[1] - 1)
+        chosen, costs = [0] * len(self._options), []
         for index in range(len(self._options) - 1, -1, -1):
             place = int(self._choice[index, left])
-            chosen[index] = self._options[index][place][0]
+            chosen[index], _, cost = self._options[index][place]
+            costs.append(cost)
             left -= self._prices[index][place]
-        return chosen
+        return chosen, math.fsum(costs)

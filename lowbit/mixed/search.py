@@ -82,7 +82,9 @@ def search(
         task: what the outputs are, see `lowbit.tasks`.
         allow_slower: whether a layer may become slower than it is in float. By default one that
             lowbit would slow at a scheme, measured on the layer's own input, is not given it.
-        rounds: of refinement. Each measures every other scheme of every layer once.
+        rounds: of refinement. Each measures every other scheme of every layer once. Where layers
+            learn from data there are none: they learn together, so that no layer can be judged
+            by itself in its context; up to four mixes are converted as a whole instead.
         front: choices measured for the Pareto front, besides those that the search makes.
         seconds: for timing the result against the float model.
         filter_fn, fuse, forward_fn, steps, calibration, options, resume, progress: as for
@@ -172,7 +174,7 @@ def search_many(
         changes = sum(len(row.schemes) - 1 for row in rows)
         todo = Steps(progress, len(parsed) * (rounds * changes + 10) + len(names) + front)
         trials: dict[tuple[int, ...], Trial] = {}
-        finals = Finals(model, measurer, conversion, names)
+        finals = Finals(model, measurer, conversion, names, todo)
         results = []
         for wanted in parsed:
             cost = "seconds" if wanted.kind == "seconds" else "bytes"
@@ -343,10 +345,13 @@ class _Run:
         mixes = [trial.choice for trial in allowed if trial.choice not in fitting][:_FINALS]
         if finals.learn and self.fitting:
             base = min(self.fitting, key=lambda f: f.losses.mean(self._measurer.looked))
-            # The first ones change least, which is where the knapsack is most sure.
             ways = choices.exchanges(base.choice, room)
-            mixes = [choice for choice in ways if choice not in fitting]
-            mixes = [c for c in mixes if choices.measure(c, "exchanging").bytes <= max_bytes]
+            mixes = [
+                choice
+                for choice in ways
+                if choice not in fitting
+                and self._measurer.bench.bytes(choices.assignment(choice)) <= max_bytes
+            ]
         return finals.pick([finals.measure(choices, choice) for choice in mixes], self.fitting)
 
     def within_seconds(self, limit: float) -> _Result:
@@ -387,15 +392,23 @@ class _Run:
             self._choices.refine(best, propose)
             if best() is before:
                 break
+        # Layers that learn from data come out otherwise among other layers.
+        uniforms = [
+            self._finals.measure(self._choices, self._choices.choice_of(name))
+            for name in (self._names if self._finals.learn else ())
+        ]
+        kept = [final for final in uniforms if wanted.meets(final.losses.quality.figures())]
         for _ in range(_TRIES):
             trial = best()
             if trial is None:
                 break
             final = self._finals.measure(self._choices, trial.choice)
-            # Layers that learn from data come out otherwise among other layers.
             if wanted.meets(final.losses.quality.figures()):
-                return self._result(final)
+                kept.append(final)
+                break
             refused.append(trial.choice)
+        if kept:
+            return self._result(min(kept, key=lambda final: final.bytes))
         raise ValueError(f"no choice of these schemes keeps {wanted}; float32 may not either")
 
     def _model_in_float(self) -> nn.Module:

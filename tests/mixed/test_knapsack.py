@@ -57,3 +57,13 @@ def test_infinite_damage_is_not_chosen():
 
 def test_costs_that_do_not_differ():
     assert Knapsack([[1.0, 0.5]], [[3.0, 3.0]]).solve(3.0) == [1]
+
+
+def test_what_costs_exactly_the_budget_is_found():
+    # Thirds of a unit are rounded up in every layer: three units too many in all.
+    costs = [[0.0, 10000.0, 1 / 3 + layer] for layer in range(9)]
+    damages = [[9.0, 0.0, 1.0]] * 9
+    budget = math.fsum(row[2] for row in costs)
+    chosen = Knapsack(damages, costs).solve(budget)
+    assert chosen == [2] * 9
+    assert Knapsack(damages, costs).solve(budget - 1e-6) != chosen

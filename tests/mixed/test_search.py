@@ -85,7 +85,6 @@ def test_shares_of_bytes():
         assert 0.5 * limit < found.bytes <= limit
 
 
-@pytest.mark.filterwarnings("ignore:no layer was converted")
 def test_layers_that_would_be_slower_stay_float():
     model, data = net(), batches(1)
     found = lowbit.search(model, data, "100%", ["w2a8"], front=0)
@@ -97,6 +96,86 @@ def test_layers_that_would_be_slower_stay_float():
     free = lowbit.search(model, data, "50%", ["w2a8"], front=0, allow_slower=True)
     assert "w2a8" in free.overrides.values()
     assert free.front == () or free.front[0].seconds is None, "layers were not timed"
+
+
+def test_a_budget_with_room_for_float_says_so():
+    found = lowbit.search(net(), batches(1), "100%", SCHEMES, allow_slower=True, front=0)
+    assert set(found.overrides.values()) == {None}
+    assert set(found.notes.values()) == {"fits the budget"}
+    assert found.bytes == found.float_bytes
+    text = str(found)
+    assert "Every layer stays float" in text
+    assert "held back" not in text
+
+
+class Outliers(torch.nn.Module):
+    """Three layers of one shape; in each row of the second one weight is far larger than all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (torch.nn.Linear(64, 64, bias=False) for _ in range(3))
+        with torch.no_grad():
+            self.b.weight[:, 0] = 3.0
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x) * torch.cat([torch.full((1,), 0.01), torch.ones(63)])))
+
+
+@pytest.mark.parametrize("schemes", [("w8a8", "w4a8"), ("w8a8-gptq", "w4a8-gptq")])
+def test_a_sensitive_layer_keeps_its_bits(schemes):
+    model = Outliers().eval()
+    generator = torch.Generator().manual_seed(1)
+    data, calibration = (
+        [torch.randn(32, 64, generator=generator) for _ in range(6)] for _ in range(2)
+    )
+    given = {"calibration": calibration} if "w4a8-gptq" in schemes else {}
+    wide, narrow = (weight_bytes(lowbit.quantize(model, name)) for name in ("w8a8", "w4a8-minmax"))
+    limit = narrow + (wide - narrow) // 3 + 1  # one layer may be wide
+    found = lowbit.search(
+        model, data, limit, schemes, task="other", allow_slower=True, front=0, **given
+    )
+    assert found.overrides == {"a": schemes[1], "b": schemes[0], "c": schemes[1]}
+    copy = lowbit.quantize(model, None, overrides=found.overrides, **given)
+    uniform = lowbit.quantize(model, schemes[1], **given)
+    sides = []
+    for side in (copy, uniform):
+        meter = QualityMeter("other")
+        for number in (1, 4):  # every third batch is held back
+            with torch.inference_mode():
+                meter.update(model(data[number]), side(data[number]))
+        sides.append(meter.result().sqnr_db)
+    assert sides[0] > sides[1] + 3
+    checked = found.confirmation
+    assert (checked.uniform, checked.batches) == (schemes[1], 2)
+    assert checked.damage < checked.uniform_damage
+    assert checked.excess == pytest.approx(checked.damage - checked.uniform_damage)
+    assert 0 < checked.standard_error < -checked.excess
+    assert "On 2 batches held back, noise over signal" in str(found)
+
+
+@pytest.mark.parametrize("budget", ["100% of w4a8", "60% of w8a8", "100% of w2a8"])
+def test_learned_mixes_are_no_worse_than_uniform_on_what_was_held_back(budget):
+    model, data, calibration = net(), batches(4, rows=4), batches(2, seed=5)
+    schemes = ("w8a8", "w4a8-gptq", "w2a8-gptq")
+    found = lowbit.search(
+        model, data, budget, schemes, calibration=calibration, allow_slower=True, front=0
+    )
+
+    def lost(overrides):
+        copy = lowbit.quantize(model, None, overrides=overrides, calibration=calibration)
+        return weight_bytes(copy), _quality(model, copy, data[1:2]).kl_divergence
+
+    size, own = lost(found.overrides)
+    assert size == found.bytes
+    compared = 0
+    for scheme in schemes[1:]:
+        bytes_, loss = lost({"re:.*": scheme})
+        if bytes_ <= found.bytes:
+            compared += 1
+            assert own <= loss
+    assert compared >= 1
+    assert found.confirmation.damage == pytest.approx(own)
 
 
 def test_a_budget_that_nothing_meets():
@@ -118,6 +197,18 @@ def test_a_floor_is_kept_at_few_bytes(floor):
         "kl_divergence<=0.001": figures["kl_divergence"] <= 0.001,
     }[floor]
     assert found.bytes == weight_bytes(copy) < 0.5 * weight_bytes(model)
+
+
+def test_a_floor_that_a_uniform_scheme_keeps_is_met_at_no_more_bytes():
+    model, data, calibration = net(), batches(4, rows=4), batches(4, rows=16, seed=5)
+    schemes = ("w8a8", "w4a8-gptq")
+    copy = lowbit.quantize(model, "w4a8-gptq", calibration=calibration)
+    floor = f"{_quality(model, copy, data).sqnr_db - 0.01:.4f}dB"
+    found = lowbit.search(
+        model, data, floor, schemes, calibration=calibration, allow_slower=True, rounds=0, front=0
+    )
+    assert found.bytes <= weight_bytes(copy)
+    assert found.quality.sqnr_db >= float(floor[:-2])
 
 
 def test_a_floor_of_the_users_own():
