@@ -86,7 +86,7 @@ def _photographs() -> Data:
     seen = photographs.CALIBRATION[::3]
     return Data(
         photographs.calibration(tuple(f for f in photographs.CALIBRATION if f not in seen)),
-        photographs.tests((*seen, *photographs.VALIDATION), 4),
+        photographs.judging((*seen, *photographs.VALIDATION), 4),
         photographs.tests(),
     )
 

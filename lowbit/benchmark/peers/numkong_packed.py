@@ -76,7 +76,7 @@ def _bias(layer: nn.Linear) -> torch.Tensor:
 
 
 def _shared(
-    kernel: Callable[..., Any], packed: Any, threads: int, dtype: str
+    kernel: Callable[..., Any], packed: Any, threads: int, dtype: Any
 ) -> Callable[[Array], torch.Tensor]:
     """A kernel over `[m, k]` rows, which are shared among threads; int32 `[m, n]`."""
     import numkong

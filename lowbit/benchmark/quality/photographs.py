@@ -140,10 +140,10 @@ def validation() -> list[Tensor]:
     return judging(VALIDATION)
 
 
-def judging(files: Sequence[File]) -> list[Tensor]:
-    """Batches of crops to judge by, photograph after photograph."""
+def judging(files: Sequence[File], crops: int = TEST_CROPS) -> list[Tensor]:
+    """Batches of crops to judge by, so many of each photograph, one photograph after the other."""
     random = torch.Generator().manual_seed(1)
-    return _batches(torch.cat([_crops(_path(*f), TEST_CROPS, _TEST_SIDE, random) for f in files]))
+    return _batches(torch.cat([_crops(_path(*f), crops, _TEST_SIDE, random) for f in files]))
 
 
 def score(wanted: Tensor, found: Tensor) -> float:
