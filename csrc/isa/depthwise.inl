@@ -194,7 +194,9 @@ void depthwise_rows(const DepthwiseTile& t) {
 }
 
 void depthwise_tile(const DepthwiseTile& t) {
-  if (t.taps == 3 && t.quads == 1) return depthwise_rows<3, 1>(t);
-  if (t.taps == 5 && t.quads == 2) return depthwise_rows<5, 2>(t);
+  if constexpr (kRegs * kPanels > 1) {  // scalar code for known taps would be 380 KB
+    if (t.taps == 3 && t.quads == 1) return depthwise_rows<3, 1>(t);
+    if (t.taps == 5 && t.quads == 2) return depthwise_rows<5, 2>(t);
+  }
   depthwise_rows<0, 0>(t);
 }

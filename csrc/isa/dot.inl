@@ -219,30 +219,44 @@ struct Dot {
     }
   };
 
-  // Groups of K, in registers.
-  template <int K, int MR, int NP>
-  static LOWBIT_INLINE void whole_groups(const Tile& t, int panel) {
-    const WholeGroup<MR, NP, K / (32 / B)> group(t, panel);
-    const Loop<MR, NP, 1> rest{t, panel};
-    if (t.group_zero) return combine_groups<true, MR, NP * kRegs>(t, panel, group, rest);
-    combine_groups<false, MR, NP * kRegs>(t, panel, group, rest);
+  // A last group that is shorter than the rest: once for all that combine.
+  template <int MR, int NP>
+  static LOWBIT_NOINLINE void short_group(const Tile& t, int panel, int64_t first, int64_t steps,
+                                          Reg (&sum)[MR][NP * kRegs]) {
+    Loop<MR, NP, 1>{t, panel}(first, steps, sum);
+  }
+
+  template <int MR, int NP, class Group>
+  static LOWBIT_INLINE void combine(const Tile& t, int panel, Group group) {
+    combine_groups<MR, NP * kRegs>(t, panel, group,
+                                   [&](int64_t first, int64_t steps, Reg(&sum)[MR][NP * kRegs]) {
+                                     short_group<MR, NP>(t, panel, first, steps, sum);
+                                   });
+  }
+
+  // Groups combined in registers; the usual ones, in tiles that are usual for them, without a loop.
+  template <int MR, int NP>
+  static LOWBIT_INLINE void in_registers(const Tile& t, int panel) {
+    constexpr int kDepth = 32 / B, V = NP * kRegs;
+    constexpr int kMost = power_of_two(kChainSums / (MR * V));
+    constexpr int kFew = kMost < kGroupChains ? kMost : kGroupChains;
+    const int64_t k = t.group_steps * kDepth;
+    if (k == 32) return combine<MR, NP>(t, panel, WholeGroup<MR, NP, 32 / kDepth>(t, panel));
+    if constexpr (MR <= kStreamRows)
+      if (k == 128) return combine<MR, NP>(t, panel, WholeGroup<MR, NP, 128 / kDepth>(t, panel));
+    const Loop<MR, NP, kFew> loop{t, panel};
+    combine<MR, NP>(t, panel,
+                    [&](int64_t first, Reg(&sum)[MR][V]) { loop(first, t.group_steps, sum); });
   }
 
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs, C = power_of_two(kChainSums / (MR * V));
-    // The usual groups, in tiles that are usual for them.
+    // A panel alone of more rows is rare: the last one of an odd number.
     if constexpr (MR * V <= kGroupSums && (MR <= kStreamRows || NP == kTallPanels)) {
-      if (t.group_scale && !t.sums && t.planes == 1) {
-        const int64_t k = t.group_steps * (32 / B);
-        if (k == 32) return whole_groups<32, MR, NP>(t, panel);
-        if (k == 64) return whole_groups<64, MR, NP>(t, panel);
-        if constexpr (MR <= kStreamRows)
-          if (k == 128) return whole_groups<128, MR, NP>(t, panel);
-      }
+      if (t.group_scale && !t.sums && t.planes == 1) return in_registers<MR, NP>(t, panel);
     }
-    constexpr int kFew = C < kGroupChains ? C : kGroupChains;
-    sum_groups<MR, V>(t, panel, Loop<MR, NP, C>{t, panel}, Loop<MR, NP, kFew>{t, panel});
+    sum_groups<MR, V>(t, panel, Loop<MR, NP, C>{t, panel});
   }
 };
 

@@ -141,41 +141,44 @@ LOWBIT_INLINE void start_at_offset(const Tile& t, int64_t group, Reg (&sum)[MR][
 }
 
 // The same in registers; `at`: where the scales of the group begin.
-template <bool Zeros, int R, int V>
+template <int R, int V>
 LOWBIT_INLINE void add_group(const Tile& t, ptrdiff_t at, int64_t group, const Reg (&sum)[R][V],
                              FloatReg (&f)[R][V]) {
   LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
     const FloatReg s = half_load(t.group_scale + at + half_at(t, v));
     LOWBIT_UNROLL for (int r = 0; r < R; ++r) f[r][v] = fmadd(s, to_float(sum[r][v]), f[r][v]);
   }
-  if constexpr (Zeros) {
-    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-      const FloatReg z = half_load(t.group_zero + at + half_at(t, v));
-      LOWBIT_UNROLL for (int r = 0; r < R; ++r) f[r][v] =
-          fmadd(z, float_broadcast(t.group_sum + r * t.groups + group), f[r][v]);
-    }
+  const uint16_t* zero = t.group_zero;
+  asm("" : "+r"(zero));  // one loop, not one for each answer
+  if (!zero) return;
+  LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+    const FloatReg z = half_load(zero + at + half_at(t, v));
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) f[r][v] =
+        fmadd(z, float_broadcast(t.group_sum + r * t.groups + group), f[r][v]);
   }
 }
 
 // Groups combined in registers. group(first, sums) adds the products of a whole group to sums,
-// loop(first, steps, sums) those of a shorter one.
-template <bool Zeros, int MR, int V, class Group, class Loop>
-LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Group group, Loop loop) {
+// rest(first, steps, sums) those of a shorter one.
+template <int MR, int V, class Group, class Rest>
+LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Group group, Rest rest) {
+  if (!t.requantize) fetch_output<MR, V>(t, panel);
   FloatReg f[MR][V];
   LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v) f[r][v] =
       float_splat(0.0f);
   ptrdiff_t at = group_at(t, panel, 0);
   const int64_t whole = t.steps / t.group_steps;
-  Reg sum[MR][V];
   for (int64_t g = 0; g < whole; ++g, at += kPanel) {
+    Reg sum[MR][V];
     start_at_offset(t, g, sum);
     group(g * t.group_steps, sum);
-    add_group<Zeros>(t, at, g, sum, f);
+    add_group(t, at, g, sum, f);
   }
   if (whole < t.groups) {
-    start_at_offset(t, whole, sum);
-    loop(whole * t.group_steps, t.steps - whole * t.group_steps, sum);
-    add_group<Zeros>(t, at, whole, sum, f);
+    Reg last[MR][V];  // not `sum`: what a function takes by address would stay in memory
+    start_at_offset(t, whole, last);
+    rest(whole * t.group_steps, t.steps - whole * t.group_steps, last);
+    add_group(t, at, whole, last, f);
   }
   alignas(kVectorBytes) float room[MR * V * kLanes];
   LOWBIT_UNROLL for (int r = 0; r < MR; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
@@ -183,20 +186,10 @@ LOWBIT_INLINE void combine_groups(const Tile& t, int panel, Group group, Loop lo
   finish_stored<MR, V>(t, panel, room);
 }
 
-// loop(first, steps, sums) adds a group's products to sums, which start at the offset. With
-// Combine, short groups are combined in registers, and `combined` is called for them.
-template <int MR, int V, bool Combine = true, class Loop, class Combined>
-LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop, Combined combined) {
+// loop(first, steps, sums) adds a group's products to sums, which start at the offset.
+template <int MR, int V, class Loop>
+LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
   if (!t.sums && !t.requantize) fetch_output<MR, V>(t, panel);
-  if constexpr (Combine && MR * V <= kGroupSums) {
-    if (t.group_scale && !t.sums && t.planes == 1) {
-      const auto group = [&](int64_t first, Reg(&sum)[MR][V]) {
-        combined(first, t.group_steps, sum);
-      };
-      if (t.group_zero) return combine_groups<true, MR, V>(t, panel, group, combined);
-      return combine_groups<false, MR, V>(t, panel, group, combined);
-    }
-  }
   alignas(kVectorBytes) float room[MR * V * kLanes];
   // Known to be an array, GCC 12 keeps it in registers that it does not have, groups or no groups.
   float* f = room;
@@ -233,9 +226,4 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop, Combined comb
   } else {
     finish_stored<MR, V>(t, panel, f);
   }
-}
-
-template <int MR, int V, bool Combine = true, class Loop>
-LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
-  sum_groups<MR, V, Combine>(t, panel, loop, loop);
 }

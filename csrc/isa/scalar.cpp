@@ -45,8 +45,8 @@ inline FloatReg float_load(const float* p) {
   return v;
 }
 // float16 to float32, exactly, infinities and NaN included; float16's subnormals by way of
-// integers, so that flushing those of float32 changes nothing.
-inline FloatReg half_load(const uint16_t* p) {
+// integers, so that flushing those of float32 changes nothing. Long: not inlined into every tile.
+__attribute__((noinline)) FloatReg half_load(const uint16_t* p) {
   FloatReg out;
   for (int i = 0; i < 16; ++i) {
     const uint32_t magnitude = static_cast<uint32_t>(p[i] & 0x7fff) << 13;

@@ -10,7 +10,7 @@ struct Xnor {
   template <int MR, int NP>
   static void panels(const Tile& t, int panel) {
     constexpr int V = NP * kRegs;
-    sum_groups<MR, V, false>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
+    sum_groups<MR, V>(t, panel, [&](int64_t first, int64_t steps, Reg(&out)[MR][V]) {
       const uint32_t *bits = t.bits, *mask = t.mask;
       const Panels<NP> panels(t, panel);
       const ptrdiff_t pitch = t.pitch;
