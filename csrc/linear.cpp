@@ -183,17 +183,18 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
   const auto buffers_for = [&](int64_t rows) {
     return RowBuffers(own_scratch(), rows, weights.k, count, depth, use_bits);
   };
-  std::optional<RowBuffers> shared;  // a smaller team shares no more than a larger one
+  std::optional<RowBuffers> shared;  // null where a team that is smaller than asked for wants it
   if (share_of(kernel, m, weights, count, 0, threads).together) shared = buffers_for(m);
 
   parallel(threads, [&](int thread, int team) {
     const Share share = share_of(kernel, m, weights, count, thread, team);
     const Range r = share.rows, c = share.channels;
-    RowBuffers buffers = share.together ? *shared : buffers_for(r.end - r.begin);
-    const Range mine = share.together ? part(m, thread, team) : r;
-    const int64_t base = share.together ? 0 : r.begin;  // the buffers' first row
+    const bool together = share.together && shared;
+    RowBuffers buffers = together ? *shared : buffers_for(r.end - r.begin);
+    const Range mine = together ? part(m, thread, team) : r;
+    const int64_t base = together ? 0 : r.begin;  // the buffers' first row
     quantizer.rows(x + mine.begin * weights.k, mine.begin - base, mine.end - mine.begin, buffers);
-    if (share.together) team_barrier(team);
+    if (together) team_barrier(team);
     if (r.begin == r.end || c.begin == c.end) return;
 
     const int64_t first = r.begin - base;

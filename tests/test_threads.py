@@ -1,5 +1,6 @@
 """One OpenMP pool for torch and lowbit: turns of both start no thread that one alone had not."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,40 @@ def test_torch_and_lowbit_take_turns_on_one_pool(first):
     assert main == [0] + [1] * 20
     assert other == [2] + [3] * 20  # it counts itself
     assert again == [1] * 21
+
+
+LIMITED = """
+import torch
+import lowbit
+
+torch.manual_seed(0)
+cases = [
+    (lowbit.nn.Linear.from_float(torch.nn.Linear(8192, 128), "w8a8"), torch.randn(18, 8192)),
+    (lowbit.nn.Linear.from_float(torch.nn.Linear(1024, 1000), "w1a1"), torch.randn(77, 1024)),
+    (lowbit.nn.Conv2d.from_float(torch.nn.Conv2d(64, 96, 3), "w8a8"), torch.randn(1, 64, 30, 31)),
+    (
+        lowbit.nn.Conv2d.from_float(torch.nn.Conv2d(96, 96, 3, groups=96), "w8a8"),
+        torch.randn(3, 96, 40, 41),
+    ),
+]
+for layer, x in cases:
+    torch.set_num_threads(1)
+    wanted = layer(x)
+    for threads in (2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(layer(x), wanted), (layer, threads)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_teams_may_be_smaller_than_asked_for(limit):
+    """OMP_THREAD_LIMIT gives fewer threads than torch.set_num_threads asked for."""
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        env=os.environ | {"OMP_THREAD_LIMIT": str(limit)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
