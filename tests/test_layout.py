@@ -172,6 +172,7 @@ CPP_TESTED_IN = {
     "fit": "test_quantizers.py",
     "gemm": "test_linear.py",
     "grouped": "test_conv2d.py",
+    "pages": "cpp/test_pages.cpp",
     "im2col": "test_conv2d.py",
     "images": "test_conv2d.py",
     "probe": "test_dispatch.py",
