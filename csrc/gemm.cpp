@@ -98,8 +98,9 @@ class Block {
         rows_(rows),
         codes_(codes),
         short_groups_(combines_groups()),
-        tall_(short_groups_ || rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
-              weights.n <= kernel.tall_nr),
+        tall_(short_groups_ ||
+              (!rows.line && (rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
+                              weights.n <= kernel.tall_nr))),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
         line_(rows.line ? rows.line : rows.count),
         line_tiles_(ceil_div(line_, tile_rows() / rows.planes)),

@@ -26,8 +26,10 @@ bool Columns::by_lines(const Kernel& kernel, const Conv2dGeometry& g, const Weig
   // Tiles end with a row of outputs: where too much of the last ones is empty, copying is faster.
   constexpr int64_t kEmpty = 8;
   const int64_t width = g.out_width, whole = round_up(width, kernel.mr);
-  return kernel.segments && g.y_channels_last && !images.use_bits() && images.planes() == 1 &&
-         !weights.group_scale && wants_sums(g, weights, depth) && !is_pointwise(g, images) &&
+  const int64_t channels = g.out_channels / g.groups;
+  return kernel.segments && channels > kernel.tall_nr && channels % kernel.tall_nr == 0 &&
+         g.y_channels_last && !images.use_bits() && images.planes() == 1 && !weights.group_scale &&
+         wants_sums(g, weights, depth) && !is_pointwise(g, images) &&
          (whole - width) * kEmpty <= width;
 }
 

@@ -148,7 +148,7 @@ struct Kernel {
   int tall_mr, tall_nr;  // the same of a tall one, for few rows: weights are read once
   int group_mr;          // rows of a tall one that combines groups in registers, or 0
 
-  bool segments;               // whether `dot` takes rows in pieces
+  bool segments;  // whether `dot` takes rows in pieces: mr or mr - 1, of nr or tall_nr channels
   int64_t (*room)(int64_t k);  // bytes of scratch that `dot` needs for rows of k
 
   // s[r][c] = offset + sum over k of mul * code[c][k] * a[r][k], a group; int32 arithmetic modulo

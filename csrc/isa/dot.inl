@@ -139,14 +139,20 @@ constexpr int power_of_two(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : mo
 // Chains of a group that is combined in registers: more cost more to add up than they save.
 constexpr int kGroupChains = 4;
 
+#define LOWBIT_SEGMENTS
+constexpr bool kSegments = kRegs * kPanels > 1;  // scalar code for it would be 200 KB
+// What im2col.cpp relies on: tiles of a line that is at most a ninth longer in whole ones.
+static_assert(!kSegments || kMr <= 9, "rows in pieces come in tiles of kMr or one less");
+
 template <int B, int S>
 struct Dot {
   static constexpr int kFields = 8 / B;  // loaded of a row for each vector of weights
 
   static void run(const Tile& t) { run_tile<Dot>(t); }
 
-  // Adds the products of so many steps to sums.
-  template <int MR, int NP, int C>
+  // Adds the products of so many steps to sums. Pieces: of rows in pieces (Tile::segments); in a
+  // loop for both GCC 12 keeps addresses on the stack (W2 lost 5 %).
+  template <int MR, int NP, int C, bool Pieces = false>
   struct Loop {
     static constexpr int V = NP * kRegs;
     using Sums = Chains<B, S, MR, V, C>;
@@ -154,21 +160,17 @@ struct Dot {
     const int panel;
 
     LOWBIT_INLINE void operator()(int64_t first, int64_t steps, Reg (&out)[MR][V]) const {
-      const int8_t* a = t.codes;
       const Panels<NP> panels(t, panel);
       const ptrdiff_t pitch = t.pitch;
-      const ptrdiff_t* segment = t.segments;
       Sums sums(out);
-      const auto step = [&](int64_t s, auto index) __attribute__((always_inline)) {
-        Reg x[V];
-        panels.load_step(s, x);
-        sums.template add_step<decltype(index)::value>(
-            x, [&](Reg(&y)[V]) { panels.load_again(s, y); }, a + s * (32 / B), pitch);
-      };
-      int64_t s = first, end = first + steps;
-      // Rows in pieces have no groups: `first` is 0.
-      if (segment) a += *segment, end = t.segment_steps;
-      for (;;) {
+      const auto run = [&](const int8_t* codes, int64_t s, int64_t end)
+          __attribute__((always_inline)) {
+        const auto step = [&](int64_t at, auto index) __attribute__((always_inline)) {
+          Reg x[V];
+          panels.load_step(at, x);
+          sums.template add_step<decltype(index)::value>(
+              x, [&](Reg(&y)[V]) { panels.load_again(at, y); }, codes + at * (32 / B), pitch);
+        };
         for (; s + Sums::U <= end; s += Sums::U) {
           step(s, IntConstant<0>{});
           if constexpr (Sums::U > 1) step(s + 1, IntConstant<1>{});
@@ -180,9 +182,14 @@ struct Dot {
         }
         if constexpr (Sums::U > 1)
           for (; s < end; ++s) step(s, IntConstant<0>{});
-        if (!segment || s >= steps) break;
-        a = t.codes + *++segment - s * (32 / B);
-        end += t.segment_steps;
+      };
+      if constexpr (Pieces) {
+        // Rows in pieces have no groups: `first` is 0.
+        const ptrdiff_t* segment = t.segments;
+        for (int64_t s = 0; s < steps; s += t.segment_steps)
+          run(t.codes + *segment++ - s * (32 / B), s, s + t.segment_steps);
+      } else {
+        run(t.codes, first, first + steps);
       }
       sums.total(out);
     }
@@ -256,6 +263,8 @@ struct Dot {
     if constexpr (MR * V <= kGroupSums && (MR <= kStreamRows || NP == kTallPanels)) {
       if (t.group_scale && !t.sums && t.planes == 1) return in_registers<MR, NP>(t, panel);
     }
+    if constexpr (kSegments && MR >= kMr - 1 && MR <= kMr && (NP == kPanels || NP == kTallPanels))
+      if (t.segments) return sum_pieces<MR, V>(t, panel, Loop<MR, NP, C, true>{t, panel});
     sum_groups<MR, V>(t, panel, Loop<MR, NP, C>{t, panel});
   }
 };
@@ -326,5 +335,4 @@ double probe_dot(int64_t iterations) {
   return static_cast<double>(iterations) * kChains * kRegBytes;
 }
 
-#define LOWBIT_SEGMENTS
 constexpr int64_t room(int64_t) { return 0; }

@@ -227,3 +227,13 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
     finish_stored<MR, V>(t, panel, f);
   }
 }
+
+// The same of rows in pieces: no groups, one plane, floats.
+template <int MR, int V, class Loop>
+LOWBIT_INLINE void sum_pieces(const Tile& t, int panel, Loop loop) {
+  fetch_output<MR, V>(t, panel);
+  Reg sum[MR][V];
+  start_at_offset(t, 0, sum);
+  loop(0, t.steps, sum);
+  finish_tile<MR, V>(t, panel, [&](int r, int v) { return to_float(sum[r][v]); });
+}

@@ -113,9 +113,7 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 constexpr void (*dot_centred)(const Tile&) = nullptr;
 #endif
 
-#ifdef LOWBIT_SEGMENTS
-constexpr bool kSegments = true;
-#else
+#ifndef LOWBIT_SEGMENTS
 constexpr bool kSegments = false;
 #endif
 
