@@ -33,20 +33,6 @@ constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
 // Floats of a line of the cache, and so many lines can be shared out evenly.
 constexpr int64_t kLine = 16, kManyLines = 32;
 
-// The weights of one group of a convolution.
-Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& depth,
-                      int64_t group) {
-  Weights w = all;
-  w.n = g.out_channels / g.groups;
-  w.packed += group * packed_panels(w.n) * depth.steps * kVectorBytes;
-  w.scale += group * w.n;
-  if (w.bias) w.bias += group * w.n;
-  const int64_t group_values = packed_panels(w.n) * depth.groups * kPanel;
-  if (w.group_scale) w.group_scale += group * group_values;
-  if (w.group_zero) w.group_zero += group * group_values;
-  return w;
-}
-
 // How many blocks an image is cut into: they fit the cache, and there is one for each of `parts`
 // threads. A block is a range of pixels, or of whole rows for a depthwise convolution.
 int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, bool lines, int parts) {
@@ -71,13 +57,7 @@ class Layer {
     } else if (g.blocks() < g.groups) {
       weights_ = separate_groups(g, weights, depth, scratch);
     } else if (is_centred(activation)) {
-      const int64_t panels = packed_panels(weights.n);
-      uint8_t* w;
-      int32_t* seed;
-      scratch.cut(piece(w, panels * depth.steps * kVectorBytes), piece(seed, panels * kPanel));
-      centre(weights, g.channels, g.channels, w, seed);
-      weights_.packed = w;
-      seed_ = seed;
+      weights_ = centre(weights, g.channels, scratch, seed_);
     }
     lines_ = !depthwise_ && !grouped_ && Columns::by_lines(kernel, g, weights_, depth, images);
   }

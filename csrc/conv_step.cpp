@@ -58,7 +58,7 @@ class ConvStep : public Executor {
     } else if (geometry_.blocks() < geometry_.groups) {
       weights_ = separate_groups(geometry_, weights_, depth_, scratch_);
     } else if (plan.to && to_.in_registers() && is_centred()) {
-      centre();
+      weights_ = centre(weights_, geometry_.channels, scratch_, seed_);
     }
   }
 
@@ -129,17 +129,6 @@ class ConvStep : public Executor {
            geometry_.out_height * geometry_.out_width >= kCentredPixels;
   }
 
-  void centre() {
-    const int64_t panels = packed_panels(weights_.n);
-    uint8_t* w;
-    int32_t* seed;
-    scratch_.cut(piece(w, panels * depth_.steps * kVectorBytes), piece(seed, panels * kPanel));
-    lowbit::centre(weights_, tap_channels(weights_.format, geometry_.channels), geometry_.channels,
-                   w, seed);
-    weights_.packed = w;
-    seed_ = seed;
-  }
-
   Images view(int8_t* arena) const {
     const int64_t above = from_.top - geometry_.pad_top;
     return {kernel_,
@@ -162,18 +151,6 @@ class ConvStep : public Executor {
 
   int64_t block_size() const {
     return std::clamp(kBlockBytes / std::max<int64_t>(weights_.k, 1), kMinBlock, kMaxBlock);
-  }
-
-  Weights group_weights(int64_t group) const {
-    Weights w = weights_;
-    w.n = geometry_.out_channels / geometry_.groups;
-    w.packed += group * packed_panels(w.n) * depth_.steps * kVectorBytes;
-    w.scale += group * w.n;
-    w.bias += group * w.n;
-    const int64_t group_values = packed_panels(w.n) * depth_.groups * kPanel;
-    if (w.group_scale) w.group_scale += group * group_values;
-    if (w.group_zero) w.group_zero += group * group_values;
-    return w;
   }
 
   void run_codes(const Images& images, const CodeImage& codes, Range mine, Range channels) const {
@@ -209,7 +186,8 @@ class ConvStep : public Executor {
       for (int64_t group = 0; group < g.groups; ++group) {
         Rows rows = columns.fill(0, first, count, group);
         rows.seed = seed_;
-        gemm(kernel_, group_weights(group), depth_, rows, channels.begin, std::min(channels.end, n),
+        gemm(kernel_, group_weights(weights_, g, depth_, group), depth_, rows, channels.begin,
+             std::min(channels.end, n),
              {&to_, q, codes.residual ? residual : nullptr, group * n, g.groups == 1});
       }
     }
@@ -248,8 +226,8 @@ class ConvStep : public Executor {
       } else {
         Columns columns(kernel_, g, weights_, depth_, images, count, block_scratch);
         for (int64_t group = 0; group < g.groups; ++group)
-          gemm(kernel_, group_weights(group), depth_, columns.fill(0, first, count, group), 0, n,
-               y + group * n, g.out_channels);
+          gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
+               columns.fill(0, first, count, group), 0, n, y + group * n, g.out_channels);
       }
       if (has_residual_) add_residual(frame, first, count, y);
       if (has_residual_ || depthwise_ || grouped_)

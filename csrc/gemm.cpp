@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "parallel.h"
-#include "scratch.h"
 
 namespace lowbit {
 
@@ -37,11 +36,18 @@ void Depth::sum(const Kernel& kernel, const int8_t* codes, int32_t* sums) const 
     }
 }
 
-void centre(const Weights& weights, int64_t tap, int64_t channels, uint8_t* w, int32_t* seed) {
+Weights centre(const Weights& weights, int64_t channels, Scratch& scratch, const int32_t*& seed) {
   const int64_t steps = packed_steps(weights.format, weights.k);
+  const int64_t panels = packed_panels(weights.n), tap = tap_channels(weights.format, channels);
+  uint8_t* w;
+  int32_t* sums;
+  scratch.cut(piece(w, panels * steps * kVectorBytes), piece(sums, panels * kPanel));
+  Weights own = weights;
+  own.packed = w;
+  seed = sums;
   const uint8_t* from = weights.packed;
-  for (int64_t p = 0; p < packed_panels(weights.n); ++p, seed += kPanel) {
-    std::fill_n(seed, kPanel, 0);
+  for (int64_t p = 0; p < panels; ++p, sums += kPanel) {
+    std::fill_n(sums, kPanel, 0);
     for (int64_t s = 0; s < steps; ++s, from += kVectorBytes, w += kVectorBytes)
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t k = 4 * s + j;
@@ -49,10 +55,11 @@ void centre(const Weights& weights, int64_t tap, int64_t channels, uint8_t* w, i
         for (int64_t n = 0; n < kPanel; ++n) {
           const uint8_t code = used ? from[4 * n + j] ^ 0x80 : uint8_t{0};
           w[4 * n + j] = code;
-          seed[n] -= 128 * static_cast<int8_t>(code);
+          sums[n] -= 128 * static_cast<int8_t>(code);
         }
       }
   }
+  return own;
 }
 
 namespace {

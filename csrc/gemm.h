@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "lowbit.h"
+#include "scratch.h"
 
 namespace lowbit {
 
@@ -66,9 +67,9 @@ struct Rows {
   int64_t segment_steps = 0;
 };
 
-// 8-bit codes less 128, padding 0, for Kernel::dot_centred: w of the size of weights.packed, and
-// their seed [panels * 16]. A tap of K has `tap` k, the first `channels` of them used.
-void centre(const Weights& weights, int64_t tap, int64_t channels, uint8_t* w, int32_t* seed);
+// The weights with 8-bit codes less 128, padding 0, for Kernel::dot_centred, and their seed [panels
+// * 16], cut from `scratch`. A tap of K has tap_channels k, the first `channels` of them used.
+Weights centre(const Weights& weights, int64_t channels, Scratch& scratch, const int32_t*& seed);
 
 // Where the codes of an image go, and those that are added before; the last panel is written whole.
 struct CodeImage {

@@ -144,4 +144,17 @@ Weights separate_groups(const Conv2dGeometry& g, const Weights& weights, const D
   return own;
 }
 
+Weights group_weights(const Weights& all, const Conv2dGeometry& g, const Depth& depth,
+                      int64_t group) {
+  Weights w = all;
+  w.n = g.out_channels / g.groups;
+  w.packed += group * packed_panels(w.n) * depth.steps * kVectorBytes;
+  w.scale += group * w.n;
+  if (w.bias) w.bias += group * w.n;
+  const int64_t group_values = packed_panels(w.n) * depth.groups * kPanel;
+  if (w.group_scale) w.group_scale += group * group_values;
+  if (w.group_zero) w.group_zero += group * group_values;
+  return w;
+}
+
 }  // namespace lowbit

@@ -33,4 +33,8 @@ class Grouped {
 Weights separate_groups(const Conv2dGeometry& geometry, const Weights& weights, const Depth& depth,
                         Scratch& scratch);
 
+// Those of one group, of groups in panels of their own.
+Weights group_weights(const Weights& all, const Conv2dGeometry& geometry, const Depth& depth,
+                      int64_t group);
+
 }  // namespace lowbit
