@@ -292,6 +292,13 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
   const UnitScale unit = this->unit(image);
   const PlaneCodes how{unit.inverse, unit.zero, unit.fixed};
   uint32_t largest = 0;
+  if (g.channels == 3 && pitch_ == 3) {
+    for (int64_t y = begin; y < end; ++y)
+      largest =
+          std::max(largest, kernel_.encode_triples(how, x + y * g.width, pixels, g.width,
+                                                   codes(image, 0, g.pad_top + y, g.pad_left)));
+    return see(image, largest);
+  }
   int8_t* to[kRun];
   // What is written behind the channels is written again, by those before: from the last ones on.
   // They are also what was searched last for the largest.

@@ -213,6 +213,10 @@ struct Kernel {
   // codes saturate, else 0.
   uint32_t (*encode_planes)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int count,
                             int channels, int width, int8_t* const* out, ptrdiff_t offset);
+  // The same of three channels whose pixels lie side by side: q[3 * i + c], nothing behind the
+  // last.
+  uint32_t (*encode_triples)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t count,
+                             int8_t* q);
   // Codes of channels first, plus 128, to panels of 16 pixels, `stride` bytes apart, as packed
   // 8-bit weights have them: x[c * plane + i] for i < 16 * panels. Returns the same.
   uint32_t (*encode_panels)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t panels,

@@ -194,6 +194,51 @@ uint32_t encode_planes(const PlaneCodes& how, const float* x, ptrdiff_t plane, i
   return codes.seen();
 }
 
+template <class Codes>
+LOWBIT_INLINE void put_triples(Codes& codes, const float* x, ptrdiff_t plane, int64_t count,
+                               int8_t* q) {
+  using Quad = int8_t __attribute__((vector_size(16)));  // four pixels
+  for (int64_t done = 0; done < count; done += kLanes) {
+    const int64_t at = done + kLanes <= count ? done : count - kLanes;  // overlaps those before
+    Lanes c[3];
+    LOWBIT_UNROLL for (int i = 0; i < 3; ++i) codes(x + i * plane + at, c[i]);
+    const Lanes v = (c[0] & 0xff) | (c[1] & 0xff) << 8 | (c[2] & 0xff) << 16;
+    Quad quads[kLanes / 4];
+    __builtin_memcpy(quads, &v, sizeof(v));
+    LOWBIT_UNROLL for (int i = 0; i < kLanes / 4; ++i) {
+      const Quad b = __builtin_shufflevector(quads[i], quads[i], 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13,
+                                             14, 3, 7, 11, 15);
+      const int64_t pixel = at + 4 * i;
+      // What is written behind four pixels is written again by the next ones.
+      if (pixel + 6 <= count)
+        __builtin_memcpy(q + 3 * pixel, &b, 16);
+      else
+        __builtin_memcpy(q + 3 * pixel, &b, 12);
+    }
+  }
+}
+
+uint32_t encode_triples(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t count,
+                        int8_t* q) {
+  if (count < kLanes) {
+    float few[3 * kLanes + kAhead] = {};
+    int8_t pixels[3 * kLanes];
+    for (int c = 0; c < 3; ++c)
+      for (int64_t i = 0; i < count; ++i) few[c * kLanes + i] = x[c * plane + i];
+    const uint32_t seen = encode_triples(how, few, kLanes, kLanes, pixels);
+    __builtin_memcpy(q, pixels, static_cast<size_t>(3 * count));
+    return seen;
+  }
+  if (!how.saturates) {
+    RoundedCodes codes{how.inverse};
+    put_triples(codes, x, plane, count, q);
+    return codes.seen();
+  }
+  SaturatedCodes codes = saturated_codes(how);
+  put_triples(codes, x, plane, count, q);
+  return codes.seen();
+}
+
 // As above, lanes of pixels as they are.
 template <class Codes>
 LOWBIT_INLINE void put_panels(Codes& codes, const float* x, ptrdiff_t plane, int64_t panels,

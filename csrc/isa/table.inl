@@ -44,6 +44,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     sum_rows,
     gather,
     encode_planes,
+    encode_triples,
     encode_panels,
     value_rows,
     to_float,

@@ -84,7 +84,7 @@ Conv2dGeometry random_geometry(Lcg& draw, int64_t channels, int64_t out_channels
     Conv2dGeometry g{};
     g.batch = 1 + draw.below(3);
     g.height = 1 + draw.below(9);
-    g.width = 1 + draw.below(9);
+    g.width = 1 + draw.below(draw.one_in(4) ? 40 : 9);
     g.channels = channels;
     g.out_channels = out_channels;
     const auto& kernel = draw.pick(kKernels);
