@@ -1,10 +1,11 @@
 // The Conv2d op: quantize the images to NHWC codes, then blocks of output pixels. A block copies
 // its receptive fields to rows (im2col, a block at a time) and multiplies them as Linear does; a
-// 1x1 convolution needs no copy; depthwise ones and those of many groups have microkernels of their
-// own.
+// 1x1 convolution needs no copy, and of channels first is a GEMM of other roles (channel_rows);
+// depthwise ones and those of many groups have microkernels of their own.
 #include <algorithm>
 #include <optional>
 
+#include "channel_rows.h"
 #include "depthwise.h"
 #include "dispatch.h"
 #include "grouped.h"
@@ -34,13 +35,13 @@ constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
 constexpr int64_t kLine = 16, kManyLines = 32;
 
 // How many blocks an image is cut into: they fit the cache, and there is one for each of `parts`
-// threads. A block is a range of pixels, or of whole rows for a depthwise convolution.
-int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, bool lines, int parts) {
-  const int64_t units = g.depthwise() || lines ? g.out_height : g.out_height * g.out_width;
-  const int64_t bytes = g.depthwise() ? g.out_width * g.out_channels * 4 : weights.k;
+// threads. A block is a range of units of so many pixels (whole rows of a depthwise convolution).
+int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int64_t unit, int parts) {
+  const int64_t units = ceil_div(g.out_height * g.out_width, unit);
+  const int64_t bytes = g.depthwise() ? unit * g.out_channels * 4 : weights.k;
   int64_t block = std::clamp(kBlockBytes / std::max<int64_t>(bytes, 1),
                              g.depthwise() ? 1 : kMinBlock, kMaxBlock);
-  if (lines) block = std::max<int64_t>(block / g.out_width, 1);
+  if (!g.depthwise()) block = std::max<int64_t>(block / unit, 1);
   return std::min(units, round_up(std::max(ceil_div(units, block), int64_t{parts}), parts));
 }
 
@@ -50,7 +51,9 @@ class Layer {
   Layer(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights, const Depth& depth,
         Activation activation, const Images& images, Scratch& scratch)
       : kernel_(kernel), geometry_(g), weights_(weights), depth_(depth), images_(images) {
-    if (g.depthwise()) {
+    if (ChannelRows::fits(g, weights, depth, activation)) {
+      channel_rows_.emplace(kernel, g, weights, images, scratch);
+    } else if (g.depthwise()) {
       depthwise_.emplace(kernel, g, weights, depth, activation, scratch);
     } else if (is_fine_grouped(g, weights, activation)) {
       grouped_.emplace(kernel, g, weights, images, scratch);
@@ -59,16 +62,21 @@ class Layer {
     } else if (is_centred(activation)) {
       weights_ = centre(weights, g.channels, scratch, seed_);
     }
-    lines_ = !depthwise_ && !grouped_ && Columns::by_lines(kernel, g, weights_, depth, images);
+    lines_ = !channel_rows_ && !depthwise_ && !grouped_ &&
+             Columns::by_lines(kernel, g, weights_, depth, images);
   }
 
-  // Called by every thread of a team; a barrier must follow.
-  void prepare(int thread, int team) const {
+  // Called by every thread of a team. Whether a barrier must follow.
+  bool prepare(int thread, int team) const {
     if (depthwise_) depthwise_->make(thread, team);
+    if (channel_rows_) channel_rows_->make(thread, team);
+    return depthwise_ || channel_rows_;
   }
 
-  // Whether blocks are whole rows of outputs.
-  bool by_lines() const { return lines_ || depthwise_; }
+  // Blocks are whole rows of outputs, or whole panels of pixels, or of any pixels.
+  int64_t unit() const {
+    return lines_ || depthwise_ ? geometry_.out_width : channel_rows_ ? kPanel : 1;
+  }
 
   // Whether threads may share the channels of a block.
   bool by_channels() const { return geometry_.groups == 1; }
@@ -96,6 +104,7 @@ class Layer {
   void run_planes(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane) const {
     static thread_local Scratch scratch, room_scratch;
     const Conv2dGeometry& g = geometry_;
+    if (channel_rows_) return channel_rows_->run(image, first / kPanel, count, y, plane, scratch);
     float* room;
     room_scratch.cut(piece(room, count * g.out_channels));
     if (depthwise_ || grouped_) {
@@ -131,6 +140,7 @@ class Layer {
   const int32_t* seed_ = nullptr;  // of centred weights
   const Depth& depth_;
   const Images& images_;
+  std::optional<ChannelRows> channel_rows_;
   std::optional<DepthwiseWeights> depthwise_;
   std::optional<Grouped> grouped_;
   bool lines_ = false;  // see Columns::by_lines()
@@ -149,23 +159,26 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
                         !g.depthwise() && width >= traits(weights.format).depth() &&
                         !weights.group_zero;
   static thread_local Scratch scratch, weights_scratch;
-  Images images(kernel, g, activation, fixed, use_bits, tap_channels(weights.format, width),
-                !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth),
-                scratch);
+  const bool sums =
+      !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth);
+  Images images = ChannelRows::fits(g, weights, depth, activation)
+                      ? Images(kernel, g, fixed, scratch)
+                      : Images(kernel, g, activation, fixed, use_bits,
+                               tap_channels(weights.format, width), sums, scratch);
   const Layer layer(kernel, g, weights, depth, activation, images, weights_scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
 
   parallel(threads, [&](int thread, int team) {
-    layer.prepare(thread, team);
+    const bool prepared = layer.prepare(thread, team);
     images.quantize(x, thread, team);
-    if (g.depthwise()) team_barrier(team);
     // Threads share images, or the pixels of each, or its channels where these have more weights
     // than the pixels have activations: what they share, they need not all read.
     const bool own = g.batch % team == 0;
+    if (prepared && own) team_barrier(team);  // else quantize() has ended with one
     const bool by_channels = !own && layer.by_channels() && g.y_channels_last &&
                              weights.n * traits(weights.format).bits > pixels * 8;
     const int64_t blocks =
-        blocks_per_image(g, weights, layer.by_lines(), own || by_channels ? 1 : team);
+        blocks_per_image(g, weights, layer.unit(), own || by_channels ? 1 : team);
     const Range mine =
         by_channels ? Range{0, g.batch * blocks} : part(g.batch * blocks, thread, team);
     Range channels{0, weights.n};
@@ -173,14 +186,15 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
       channels = part(ceil_div(weights.n, kernel.nr), thread, team);
       channels = {channels.begin * kernel.nr, std::min(weights.n, channels.end * kernel.nr)};
     }
-    // Pixels that a block cannot divide: rows, or whole lines of channels first.
+    // What a block cannot divide, or whole lines of channels first.
     const bool lines =
         !g.y_channels_last && pixels % kLine == 0 && pixels >= std::max(kManyLines, blocks) * kLine;
-    const int64_t unit = layer.by_lines() ? g.out_width : lines ? kLine : 1;
+    const int64_t unit = layer.unit() == 1 && lines ? kLine : layer.unit();
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t image = b / blocks;
-      const Range block = part(pixels / unit, b % blocks, blocks);
-      const int64_t first = block.begin * unit, count = (block.end - block.begin) * unit;
+      const Range block = part(ceil_div(pixels, unit), b % blocks, blocks);
+      const int64_t first = block.begin * unit;
+      const int64_t count = std::min(pixels, block.end * unit) - first;
       float* const to = y + image * pixels * g.out_channels;
       if (g.y_channels_last) {
         layer.run(image, first, count, channels, to + first * g.out_channels);

@@ -106,7 +106,7 @@ class Block {
         codes_(codes),
         short_groups_(combines_groups()),
         tall_(short_groups_ ||
-              (!rows.line && (rows.count * rows.planes <= kTallTiles * kernel.tall_mr ||
+              (!rows.line && (rows.count * rows.planes <= tall_tiles() * kernel.tall_mr ||
                               weights.n <= kernel.tall_nr))),
         width_(tall_ ? kernel.tall_nr : kernel.nr),
         line_(rows.line ? rows.line : rows.count),
@@ -147,9 +147,11 @@ class Block {
     tile_.groups = in_tile ? depth.groups : 1;
     tile_.group_steps = depth.group_steps;
     tile_.steps = depth.steps;
+    tile_.bias_pitch = rows.bias ? kPanel : 0;
     tile_.segments = rows.segments;
     tile_.segment_steps = rows.segment_steps;
     if (in_registers_) tile_.requantize = codes->to;
+    tile_.stored = in_registers_ || rows.bias;
   }
 
   int64_t tiles() const { return tiles_; }
@@ -237,12 +239,16 @@ class Block {
     tile_.rows = rows * rows_.planes;
     set_prefetch(index);
     tile_.row_scale = rows_.scale + r.begin;
+    if (rows_.bias) tile_.bias = rows_.bias + r.begin * kPanel;
     return rows;
   }
 
   int tile_rows() const {
     return short_groups_ ? kernel_.group_mr : tall_ ? kernel_.tall_mr : kernel_.mr;
   }
+
+  // Rows with a bias of their own read activations of many pixels, which no tile reads once.
+  int64_t tall_tiles() const { return rows_.bias ? 1 : kTallTiles; }
 
   // Whether tiles are small enough to combine groups in registers.
   bool combines_groups() const {
@@ -293,6 +299,8 @@ class Block {
   void dot() {
     if (centred_)
       kernel_.dot_centred(tile_);
+    else if (rows_.bias)
+      kernel_.dot_rows(tile_);
     else if (rows_.bits)
       kernel_.xnor(tile_);
     else

@@ -59,6 +59,8 @@ struct Rows {
   const int32_t* sums =
       nullptr;  // [count * planes][depth.chunks()]: of codes; of bits, how many count
   const int32_t* seed = nullptr;  // not null: the weights are centred; rows need no sums
+  const float* bias =
+      nullptr;  // [count][16], not null: a bias of each row (8-bit codes, one group)
   // Not 0: rows are in pieces (Tile::segments), and each `line` of them `line_pitch` bytes behind
   // the last.
   int64_t line = 0;

@@ -44,6 +44,28 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
   for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
 
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& fixed,
+               Scratch& scratch)
+    : kernel_(kernel),
+      geometry_(g),
+      activation_(Activation::int8),
+      fixed_(fixed),
+      use_bits_(false),
+      view_(false),
+      planes_(1),
+      height_(ceil_div(g.height * g.width, kPanel)),
+      width_(kPanel),
+      row_pixels_(kPanel),
+      elements_(g.height * g.width * g.channels),
+      group_bytes_(0),
+      pitch_(0),
+      panel_bytes_(packed_steps(Format::int8, g.channels) * kVectorBytes) {
+  plane_bytes_ = height_ * panel_bytes_;
+  scratch.cut(piece(codes_, g.batch * plane_bytes_), piece(seen_, g.batch), piece(scale_, g.batch),
+              piece(inverse_, g.batch));
+  for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
+}
+
 Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const int8_t* codes, int64_t rows,
                int64_t row_pixels, int64_t pitch)
     : kernel_(kernel),
@@ -165,6 +187,7 @@ void Images::each_run(const float* x, int64_t begin, int64_t end, Call call) con
 
 // Rows [begin, end) of the padded image. `lanes`: null, or what |x| are added to.
 void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end, float* lanes) {
+  if (panel_bytes_) return encode_panels(x, image, begin, end);
   const Conv2dGeometry& g = geometry_;
   const Range inside{std::max(begin - g.pad_top, int64_t{0}), std::min(end - g.pad_top, g.height)};
   const bool by_rows = g.x_channels_last && !lanes;
@@ -269,6 +292,13 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
   const UnitScale unit = this->unit(image);
   const PlaneCodes how{unit.inverse, unit.zero, unit.fixed};
   uint32_t largest = 0;
+  if (g.channels == 3 && pitch_ == 3) {
+    for (int64_t y = begin; y < end; ++y)
+      largest =
+          std::max(largest, kernel_.encode_triples(how, x + y * g.width, pixels, g.width,
+                                                   codes(image, 0, g.pad_top + y, g.pad_left)));
+    return see(image, largest);
+  }
   int8_t* to[kRun];
   // What is written behind the channels is written again, by those before: from the last ones on.
   // They are also what was searched last for the largest.
@@ -291,6 +321,32 @@ void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t
                                                   static_cast<int>(count), channels, width, to, c));
       at += count;
     }
+  }
+  see(image, largest);
+}
+
+void Images::encode_panels(const float* x, int64_t image, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 4;  // lines of each channel
+  const int64_t pixels = geometry_.height * geometry_.width, channels = geometry_.channels;
+  const UnitScale unit = this->unit(image);
+  const PlaneCodes how{unit.inverse, unit.zero, unit.fixed};
+  uint32_t largest = 0;
+  const auto put = [&](const float* from, ptrdiff_t plane, int64_t at, int64_t count) {
+    auto* const to = const_cast<uint8_t*>(panels(image, at));
+    largest = std::max(largest,
+                       kernel_.encode_panels(how, from, plane, count, channels, to, panel_bytes_));
+  };
+  const int64_t whole = std::min(end, pixels / kPanel);
+  for (int64_t at = begin; at < whole; at += kRun)
+    put(x + at * kPanel, pixels, at, std::min(kRun, whole - at));
+  if (whole < end) {
+    static thread_local Scratch scratch;
+    float* last;
+    scratch.cut(piece(last, channels * kPanel));
+    std::fill_n(last, channels * kPanel, 0.0f);
+    for (int64_t c = 0; c < channels; ++c)
+      std::copy_n(x + c * pixels + whole * kPanel, pixels % kPanel, last + c * kPanel);
+    put(last, kPanel, whole, 1);
   }
   see(image, largest);
 }

@@ -21,6 +21,10 @@ class Images {
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
          const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
+  // Codes of NCHW plus 128 as 8-bit weights: panels of 16 pixels (int8, no padding).
+  Images(const Kernel& kernel, const Conv2dGeometry& geometry, const UnitScale& fixed,
+         Scratch& scratch);
+
   // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
   // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the
   // channels of a pixel is any code.
@@ -33,6 +37,10 @@ class Images {
   // The pixel at (y, x) of the padded image; 64 bytes more than the image has can be read.
   const int8_t* pixel(int64_t image, int plane, int64_t y, int64_t x) const {
     return codes_ + (image * planes_ + plane) * plane_bytes_ + at(y, x) * pitch_;
+  }
+  // The panels from the index-th on, `panel_bytes` apart; pixels behind the last one are any code.
+  const uint8_t* panels(int64_t image, int64_t index) const {
+    return reinterpret_cast<const uint8_t*>(codes_) + image * plane_bytes_ + index * panel_bytes_;
   }
   // The same of a mask of bits: set inside the image. One for all images.
   const int8_t* mask(int64_t y, int64_t x) const { return mask_ + at(y, x) * pitch_; }
@@ -75,6 +83,7 @@ class Images {
   void encode_run(const float* x, int64_t image, int64_t y, int64_t first, int64_t count,
                   float* lanes);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_panels(const float* x, int64_t image, int64_t begin, int64_t end);
   void sum_row(int64_t image, int64_t y);
 
   const Kernel& kernel_;
@@ -86,6 +95,7 @@ class Images {
   const int64_t height_, width_, row_pixels_;  // with padding
   const int64_t elements_;
   int64_t group_bytes_, pitch_, plane_bytes_;
+  int64_t panel_bytes_ = 0;  // not 0: panels, of which there are `height_`
   int8_t *codes_, *mask_ = nullptr;
   int32_t* sums_ = nullptr;
   std::atomic<uint32_t>* seen_ = nullptr;  // the largest |x| of an image, as its bits

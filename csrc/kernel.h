@@ -61,6 +61,8 @@ struct Tile {
   const float* group_sum;     // [rows / planes][groups]: sums of activations, with group_zero
   const float* row_scale;     // [rows / planes]
   const float *scale, *bias;  // [nr]
+  ptrdiff_t bias_pitch;       // 0, or 16: bias is [rows / planes][16], of a row
+  bool stored;                // of one group: ends in finish_stored (codes, a bias of rows)
   float* y;                   // [rows / planes][nr], `y_pitch` apart
   ptrdiff_t y_pitch;
   // Not null: codes in place of floats, row_scale is 1; row r's panels go to q[r] + q_first.
@@ -161,6 +163,9 @@ struct Kernel {
   // over k of w[c][k] * (a[r][k] + 128), without groups. Null: an ISA has none.
   void (*dot_centred)(const Tile& tile);
 
+  // dot of 8-bit codes whose rows have a bias of their own (Tile::bias_pitch), one group.
+  void (*dot_rows)(const Tile& tile);
+
   // The same with s = offset + 2 * (number of k where bit w differs from bit a and bit `mask` is
   // set). With a = 1 for a negative activation these are the agreements of the signs.
   void (*xnor)(const Tile& tile);
@@ -208,6 +213,18 @@ struct Kernel {
   // codes saturate, else 0.
   uint32_t (*encode_planes)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int count,
                             int channels, int width, int8_t* const* out, ptrdiff_t offset);
+  // The same of three channels whose pixels lie side by side: q[3 * i + c], nothing behind the
+  // last.
+  uint32_t (*encode_triples)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t count,
+                             int8_t* q);
+  // Codes of channels first, plus 128, to panels of 16 pixels, `stride` bytes apart, as packed
+  // 8-bit weights have them: x[c * plane + i] for i < 16 * panels. Returns the same.
+  uint32_t (*encode_panels)(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t panels,
+                            int64_t channels, uint8_t* out, ptrdiff_t stride);
+  // A panel of packed weights as 16 rows of values in the order of k, `pitch` (a multiple of 4)
+  // bytes apart.
+  void (*value_rows)(const uint8_t* packed, int64_t steps, const FormatTraits& format, int8_t* rows,
+                     ptrdiff_t pitch);
 
   // Epilogue where a tile's sums are not its output, on `rows` x nr.
   void (*to_float)(int rows, const int32_t* sums, float* f);

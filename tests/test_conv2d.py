@@ -92,6 +92,12 @@ CONVS = {
     "pointwise-ragged": Conv(37, 21, kernel=(1, 1)),
     "pointwise-stride": Conv(48, 24, kernel=(1, 1), stride=(2, 2)),
     "pointwise-padded": Conv(32, 8, kernel=(1, 1), padding=SAME),
+    # as many pixels as make channels the rows where they come and leave channels first
+    "planes": Conv(37, 41, kernel=(1, 1), size=(14, 14)),
+    "planes-whole": Conv(64, 48, kernel=(1, 1), size=(16, 15)),
+    "planes-few-channels": Conv(6, 3, kernel=(1, 1), batch=3, size=(11, 19)),
+    "planes-many-blocks": Conv(40, 70, kernel=(1, 1), batch=1, size=(29, 31)),
+    "planes-stride": Conv(40, 20, kernel=(1, 1), stride=(2, 1), size=(28, 15)),
     # the first layer: fewer channels than a step, merged taps
     "first": Conv(3, 24, stride=(2, 2), padding=SAME, size=(16, 16)),
     "first-7x7": Conv(3, 16, kernel=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3), size=(15, 15)),
@@ -187,7 +193,8 @@ def test_row_counts(kernel, width):
 
 
 def test_threads(kernel):
-    for name in ("dense-large", "first", "depthwise-wide", "grouped-ragged", "pointwise"):
+    names = "dense-large first depthwise-wide grouped-ragged pointwise planes planes-many-blocks"
+    for name in names.split():
         for threads in (2, 5):
             for memory_format in MEMORY_FORMATS:
                 check(kernel, CONVS[name], call={"threads": threads, **memory_format})
@@ -237,6 +244,7 @@ def test_any_geometry(isa, data):
 # --- values --------------------------------------------------------------------------------------
 
 PATHS = ["dense", "pointwise-ragged", "first", "depthwise", "multiplier", "grouped-merged"]
+PATHS += ["planes"]
 
 
 @lru_cache(maxsize=len(PATHS) * 3)
@@ -263,7 +271,10 @@ def extreme_cases(fmt, activation, name, kind):
 def test_extreme_codes(kernel, name, kind):
     geometry = CONVS[name].geometry
     for x, weights, expected in extreme_cases(kernel.fmt, kernel.activation, name, kind):
-        assert_same_bits(core_conv2d(x, weights, kernel.activation, **geometry), expected)
+        for last in (True, False):
+            call = {"x_channels_last": last, "y_channels_last": last}
+            y = core_conv2d(x, weights, kernel.activation, **geometry, **call)
+            assert_same_bits(y, expected)
 
 
 def special_images(rng: np.random.Generator, size: tuple[int, int], channels: int) -> np.ndarray:

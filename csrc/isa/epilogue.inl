@@ -100,17 +100,21 @@ LOWBIT_INLINE void finish_codes(const Tile& t, int panel, Value f) {
   put_tile<false, R, V>(t, panel, f);
 }
 
-// y = fma(f(r, v), row_scale * scale, bias)
-template <int R, int V, class Value>
+// y = fma(f(r, v), row_scale * scale, bias). RowBias: of the row, see Tile::bias_pitch.
+template <int R, int V, bool RowBias = false, class Value>
 LOWBIT_INLINE void finish_tile(const Tile& t, int panel, Value f) {
   float* const y = t.y + panel * kPanel;
-  const float *const scale = t.scale + panel * kPanel, *const bias = t.bias + panel * kPanel;
-  const float* const row_scale = t.row_scale;
+  const float *const scale = t.scale + panel * kPanel, *const row_scale = t.row_scale;
+  const float* const bias = t.bias + (RowBias ? 0 : panel * kPanel);
   const ptrdiff_t pitch = t.y_pitch;
   LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
-    const FloatReg s = float_load(scale + v * kLanes), b = float_load(bias + v * kLanes);
-    LOWBIT_UNROLL for (int r = 0; r < R; ++r) float_store(
-        y + r * pitch + v * kLanes, fmadd(f(r, v), multiply(float_broadcast(row_scale + r), s), b));
+    const FloatReg s = float_load(scale + v * kLanes);
+    FloatReg b = float_load(bias + (RowBias ? v % kRegs : v) * kLanes);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
+      if constexpr (RowBias) b = float_load(bias + r * kPanel + v % kRegs * kLanes);
+      float_store(y + r * pitch + v * kLanes,
+                  fmadd(f(r, v), multiply(float_broadcast(row_scale + r), s), b));
+    }
   }
 }
 
@@ -120,6 +124,7 @@ template <int R, int V>
 LOWBIT_NOINLINE void finish_stored(const Tile& t, int panel, const float* f) {
   const auto value = [&](int r, int v) { return float_load(f + (r * V + v) * kLanes); };
   if (t.requantize) return put_tile<false, R, V>(t, panel, value);
+  if (t.bias_pitch) return finish_tile<R, V, true>(t, panel, value);
   finish_tile<R, V>(t, panel, value);
 }
 
@@ -208,7 +213,7 @@ LOWBIT_INLINE void sum_groups(const Tile& t, int panel, Loop loop) {
       return joined(t, sum, [&](const auto& rows) {
         constexpr int R = sizeof(rows) / sizeof(rows[0]);
         if constexpr (R == MR) {
-          if (t.requantize) {
+          if (t.stored) {
             LOWBIT_UNROLL for (int r = 0; r < R; ++r) LOWBIT_UNROLL for (int v = 0; v < V; ++v)
                 float_store(f + (r * V + v) * kLanes, to_float(rows[r][v]));
             return finish_stored<R, V>(t, panel, f);

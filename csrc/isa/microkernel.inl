@@ -72,6 +72,7 @@ inline Tile rows_of(const Tile& t, int first, int rows) {
   } else {
     if (t.group_sum) part.group_sum += outputs * t.groups;
     part.row_scale += outputs;
+    part.bias += outputs * t.bias_pitch;
     part.y += outputs * t.y_pitch;
     if (t.q) part.q += outputs;
     if (t.residual) part.residual += outputs;
@@ -111,6 +112,10 @@ LOWBIT_INLINE void over_rows(const Tile& t, int most, Call call) {
 
 #ifndef LOWBIT_CENTRED_DOT
 constexpr void (*dot_centred)(const Tile&) = nullptr;
+#endif
+
+#ifndef LOWBIT_ROW_DOT
+void dot_rows(const Tile& t) { Dot<8, 0>::run(t); }
 #endif
 
 #ifndef LOWBIT_SEGMENTS

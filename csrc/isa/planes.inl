@@ -75,6 +75,11 @@ struct SaturatedCodes {
   }
 };
 
+inline SaturatedCodes saturated_codes(const PlaneCodes& how) {
+  return {how.inverse, static_cast<float>(-128 - how.zero), static_cast<float>(127 - how.zero),
+          how.zero, Lanes{}};
+}
+
 // Four channels of kLanes pixels as a dword each; those from `channels` on are 0.
 template <bool Whole, class Codes>
 LOWBIT_INLINE void quad_of_codes(Codes& codes, const float* x, ptrdiff_t plane, int channels,
@@ -184,8 +189,109 @@ uint32_t encode_planes(const PlaneCodes& how, const float* x, ptrdiff_t plane, i
     put_planes(codes, x, plane, count, channels, width, out, offset);
     return codes.seen();
   }
-  SaturatedCodes codes{how.inverse, static_cast<float>(-128 - how.zero),
-                       static_cast<float>(127 - how.zero), how.zero, Lanes{}};
+  SaturatedCodes codes = saturated_codes(how);
   put_planes(codes, x, plane, count, channels, width, out, offset);
   return codes.seen();
+}
+
+template <class Codes>
+LOWBIT_INLINE void put_triples(Codes& codes, const float* x, ptrdiff_t plane, int64_t count,
+                               int8_t* q) {
+  using Quad = int8_t __attribute__((vector_size(16)));  // four pixels
+  for (int64_t done = 0; done < count; done += kLanes) {
+    const int64_t at = done + kLanes <= count ? done : count - kLanes;  // overlaps those before
+    Lanes c[3];
+    LOWBIT_UNROLL for (int i = 0; i < 3; ++i) codes(x + i * plane + at, c[i]);
+    const Lanes v = (c[0] & 0xff) | (c[1] & 0xff) << 8 | (c[2] & 0xff) << 16;
+    Quad quads[kLanes / 4];
+    __builtin_memcpy(quads, &v, sizeof(v));
+    LOWBIT_UNROLL for (int i = 0; i < kLanes / 4; ++i) {
+      const Quad b = __builtin_shufflevector(quads[i], quads[i], 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13,
+                                             14, 3, 7, 11, 15);
+      const int64_t pixel = at + 4 * i;
+      // What is written behind four pixels is written again by the next ones.
+      if (pixel + 6 <= count)
+        __builtin_memcpy(q + 3 * pixel, &b, 16);
+      else
+        __builtin_memcpy(q + 3 * pixel, &b, 12);
+    }
+  }
+}
+
+uint32_t encode_triples(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t count,
+                        int8_t* q) {
+  if (count < kLanes) {
+    float few[3 * kLanes + kAhead] = {};
+    int8_t pixels[3 * kLanes];
+    for (int c = 0; c < 3; ++c)
+      for (int64_t i = 0; i < count; ++i) few[c * kLanes + i] = x[c * plane + i];
+    const uint32_t seen = encode_triples(how, few, kLanes, kLanes, pixels);
+    __builtin_memcpy(q, pixels, static_cast<size_t>(3 * count));
+    return seen;
+  }
+  if (!how.saturates) {
+    RoundedCodes codes{how.inverse};
+    put_triples(codes, x, plane, count, q);
+    return codes.seen();
+  }
+  SaturatedCodes codes = saturated_codes(how);
+  put_triples(codes, x, plane, count, q);
+  return codes.seen();
+}
+
+// As above, lanes of pixels as they are.
+template <class Codes>
+LOWBIT_INLINE void put_panels(Codes& codes, const float* x, ptrdiff_t plane, int64_t panels,
+                              int64_t channels, uint8_t* out, ptrdiff_t stride) {
+  // From the last channels on: they were searched last for the largest.
+  for (int64_t c = (channels - 1) / 4 * 4; c >= 0; c -= 4) {
+    const float* from = x + c * plane;
+    uint8_t* to = out + c / 4 * kVectorBytes;
+    for (int64_t p = 0; p < panels; ++p, from += kPanel, to += stride)
+      LOWBIT_UNROLL for (int i = 0; i < kRegs; ++i) {
+        Lanes v;
+        if (c + 4 <= channels)
+          quad_of_codes<true>(codes, from + i * kLanes, plane, 4, v);
+        else
+          quad_of_codes<false>(codes, from + i * kLanes, plane, static_cast<int>(channels - c), v);
+        v ^= static_cast<int32_t>(0x80808080u);
+        __builtin_memcpy(to + i * kRegBytes, &v, sizeof(v));
+      }
+  }
+}
+
+uint32_t encode_panels(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t panels,
+                       int64_t channels, uint8_t* out, ptrdiff_t stride) {
+  if (!how.saturates) {
+    RoundedCodes codes{how.inverse};
+    put_panels(codes, x, plane, panels, channels, out, stride);
+    return codes.seen();
+  }
+  SaturatedCodes codes = saturated_codes(how);
+  put_panels(codes, x, plane, panels, channels, out, stride);
+  return codes.seen();
+}
+
+void value_rows(const uint8_t* packed, int64_t steps, const FormatTraits& format, int8_t* rows,
+                ptrdiff_t pitch) {
+  using Words = uint32_t __attribute__((vector_size(kRegBytes)));
+  using Bytes = uint8_t __attribute__((vector_size(kRegBytes)));
+  constexpr int kQuads = 16;  // of k, four weights of each channel
+  float quads[kQuads][kPanel];
+  const uint32_t mask = ((1u << format.bits) - 1) * 0x01010101u;
+  const int planes = format.planes();
+  const int64_t count = steps * planes;
+  for (int64_t q = 0; q < count; ++q) {
+    for (int i = 0; i < kRegs; ++i) {
+      Words w;
+      __builtin_memcpy(&w, packed + q / planes * kVectorBytes + i * kRegBytes, sizeof(w));
+      w = (w >> static_cast<uint32_t>(q % planes * format.bits) & mask) << format.shift();
+      const Bytes value = reinterpret_cast<const Bytes&>(w) + static_cast<uint8_t>(format.add);
+      __builtin_memcpy(&quads[q % kQuads][i * kLanes], &value, sizeof(value));
+    }
+    if ((q + 1) % kQuads && q + 1 < count) continue;
+    const int64_t first = q / kQuads * kQuads;
+    transpose(q + 1 - first, kPanel, quads[0], kPanel, reinterpret_cast<float*>(rows + first * 4),
+              pitch / 4);
+  }
 }

@@ -24,6 +24,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
 #undef X
     },
     dot_centred,
+    dot_rows,
     xnor_any,
     kColumnBytes,
     depthwise_tile,
@@ -43,6 +44,9 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     sum_rows,
     gather,
     encode_planes,
+    encode_triples,
+    encode_panels,
+    value_rows,
     to_float,
     widen,
     narrow,

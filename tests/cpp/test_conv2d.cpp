@@ -84,7 +84,7 @@ Conv2dGeometry random_geometry(Lcg& draw, int64_t channels, int64_t out_channels
     Conv2dGeometry g{};
     g.batch = 1 + draw.below(3);
     g.height = 1 + draw.below(9);
-    g.width = 1 + draw.below(9);
+    g.width = 1 + draw.below(draw.one_in(4) ? 40 : 9);
     g.channels = channels;
     g.out_channels = out_channels;
     const auto& kernel = draw.pick(kKernels);
@@ -125,8 +125,10 @@ TEST_CASE("1x1 convolutions") {
     for (int64_t channels : kChannels) {
       Conv2dGeometry g{};
       g.batch = 2;
-      g.height = g.out_height = 1 + draw.below(8);
-      g.width = g.out_width = 1 + draw.below(8);
+      // Channels first, many pixels are the panels of a GEMM.
+      const int64_t least = draw.one_in(2) ? 13 : 1;
+      g.height = g.out_height = least + draw.below(8);
+      g.width = g.out_width = least + draw.below(8);
       g.channels = channels;
       g.out_channels = 1 + draw.below(70);
       g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
