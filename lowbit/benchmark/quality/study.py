@@ -38,8 +38,9 @@ class Method:
         equalized: whether channels are equalized first, what is ReLU6 becoming ReLU.
         float_weights: whether only the activations are rounded, as the scheme does it: what no
             choice of weights gets past.
-        distill: for how many steps the converted model learns from the float one, on the data of
-            `learning`.
+        wide: whether calibration data are those of `wide_calibration`.
+        distill: arguments with which the converted model learns from the float one, on the data of
+            `learning`, see `lowbit.distill_`; none, and it does not.
     """
 
     scheme: str
@@ -50,7 +51,8 @@ class Method:
     text: str = ""
     equalized: bool = False
     float_weights: bool = False
-    distill: int = 0
+    wide: bool = False
+    distill: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -65,7 +67,8 @@ class Network:
     Attributes:
         title: of its table.
         data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
-            standard error of the score, `clear`, and `learning`, if a method needs these.
+            standard error of the score, `clear`, `wide_calibration` and `learning`, if a method
+            needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -136,8 +139,26 @@ def _curve(
     return rows
 
 
+def _more(
+    scheme: str,
+    goal: str,
+    text: str = "",
+    overrides: Mapping[str, str | None] | None = None,
+    ways: str = "pd",
+) -> list[Method]:
+    """Rows of a scheme calibrated with more photographs: plain, distilled."""
+    rows = []
+    for way in ways:
+        texts = [text, "more photographs", "distilled" if way == "d" else ""]
+        distill = DISTILL if way == "d" else {}
+        label = ", ".join(filter(None, texts))
+        changes = overrides or {}
+        rows.append(Method(scheme, True, {}, changes, goal, label, wide=True, distill=distill))
+    return rows
+
+
 BLOCK_STEPS = 100
-DISTILL_STEPS = 100
+DISTILL: Mapping[str, Any] = {"steps": 150, "loss": "kl", "rate": 0.5, "code_rate": 0.1}
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -158,13 +179,8 @@ NETWORKS: Mapping[str, Network] = {
                 goal="w8a8",
                 text="descent in the first depthwise layer",
             ),
-            Method(
-                "w8a8-static",
-                True,
-                overrides=_FIRST_LEARNED,
-                goal="w8a8",
-                text="descent in the first depthwise layer, distilled",
-                distill=DISTILL_STEPS,
+            *_more(
+                "w8a8-static", "w8a8", "descent in the first depthwise layer", _FIRST_LEARNED, "d"
             ),
             Method("w8a16"),
             Method("w8a8", text="float32 weights", float_weights=True),
@@ -172,6 +188,8 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
+            *_more("w4a8-descent", "w4a8"),
+            *_more("w4a8-g32-descent", "w4a8"),
             *(
                 Method("w4a8-descent", True, options, _MIXED, "mixed", text)
                 for options, text in (
@@ -181,15 +199,7 @@ NETWORKS: Mapping[str, Network] = {
                 )
             ),
             Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
-            Method(
-                "w4a16-descent",
-                True,
-                {},
-                _MIXED_A16,
-                "mixed",
-                "mixed, distilled",
-                distill=DISTILL_STEPS,
-            ),
+            *_more("w4a16-descent", "mixed", "mixed", _MIXED_A16),
         ],
         _first,
     ),
@@ -255,8 +265,9 @@ class QualityCase(SavedCase):
     def cost(self) -> float:
         """Roughly how many seconds it takes."""
         method = self.chosen
-        learned = 120.0 * bool(method.options.get("block_steps")) + 1.0 * method.distill
-        return 15.0 + 60.0 * method.data + learned
+        learned = 120.0 * bool(method.options.get("block_steps"))
+        learned += method.distill.get("steps", 0)
+        return 15.0 + 60.0 * method.data + 120.0 * method.wide + learned
 
 
 def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
@@ -304,7 +315,8 @@ def measure(case: QualityCase) -> QualityResult:
     options: dict[str, Any] = dict(method.options)
     source = equalize(model, relu6="relu") if method.equalized else model
     if method.data:
-        options["calibration"] = network.data.calibration()
+        data = network.data
+        options["calibration"] = data.wide_calibration() if method.wide else data.calibration()
     learning = network.data.learning() if method.distill else None
     begin = time.perf_counter()
     if method.float_weights:
@@ -312,7 +324,7 @@ def measure(case: QualityCase) -> QualityResult:
     elif learning is not None:  # layer by layer, also where activations are static
         quantized = copy.deepcopy(source)
         quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
-        distill_(quantized, model, learning, steps=method.distill)
+        distill_(quantized, model, learning, **method.distill)
     else:
         quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
