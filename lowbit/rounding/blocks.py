@@ -148,18 +148,14 @@ class Learner:
         layers: lowbit layers, by any keys.
         steps: how many there will be: Adam's rates fall to zero as a cosine.
         rate: factor of the rates.
-        code_rate: another one, of codes alone.
     """
 
-    def __init__(
-        self, layers: Mapping[int, Any], steps: int, rate: float = 1.0, code_rate: float = 1.0
-    ) -> None:
+    def __init__(self, layers: Mapping[int, Any], steps: int, rate: float = 1.0) -> None:
         self.layers = layers
         self.soft = {key: SoftLayer(layer) for key, layer in layers.items()}
         self._learned = [p for soft in self.soft.values() for p in soft.parameters.values()]
-        rates = {**_RATES, "levels": code_rate * _RATES["levels"]}
         groups = [
-            {"params": [p], "lr": rate * rates[name]}
+            {"params": [p], "lr": rate * _RATES[name]}
             for soft in self.soft.values()
             for name, p in soft.parameters.items()
         ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +23,10 @@ from lowbit.calibration.data import Data, repeatable
 from lowbit.convert import ForwardFn
 from lowbit.nn.base import QuantizedLayer
 from lowbit.nn.floats import FLOAT_EPILOGUES
+from lowbit.quality import floating_tensors
 from lowbit.report import entry_of, set_entry
 from lowbit.rounding.blocks import Learner, SoftLayer
 from lowbit.rounding.moments import takes_moments
-from lowbit.rounding.objectives import LOSSES, Loss, Side, blocks_of_both, feature_error, judge
 from lowbit.static.network import Network
 
 HELD_OUT = 8
@@ -43,16 +42,13 @@ def distill_(
     steps: int,
     forward_fn: ForwardFn | None = None,
     rate: float = 1.0,
-    loss: Loss = "mse",
-    features: float = 0.0,
-    code_rate: float = 1.0,
 ) -> tuple[float, float]:
     """Brings the outputs of a quantized model nearer to the float model's, in place.
 
-    Its layers learn codes, scales and biases together, by steps of Adam on the first floating-point
-    output. Bytes and speed stay what they are. Deterministic on one machine with one number of
-    threads. Memory: the activations of a batch, five float32 numbers for each weight, and the
-    batches kept back with their outputs.
+    Its layers learn codes, scales and biases together, by steps of Adam on the mean squared error
+    of the first floating-point output. Bytes and speed stay what they are. Deterministic on one
+    machine with one number of threads. Memory: the activations of a batch, five float32 numbers for
+    each weight, and the batches kept back with their outputs.
 
     Args:
         quantized: of `lowbit.quantize` or `lowbit.search`; changed. Layers with static activations
@@ -60,28 +56,18 @@ def distill_(
         model: the float model that it was made of; untouched.
         data: batches, see `lowbit.calibration.batches`; at least two. Labels are not needed, but
             many different inputs: hundreds, better with augmentation, which a function that gives
-            others at each call can do anew for each pass. Every eighth batch is kept back, see
+            others at each call does anew for each pass. Every eighth batch is kept back, see
             Returns; those of the first pass judge.
         steps: one batch each; the data are read again as often as it takes.
         forward_fn: as for `lowbit.quantize`.
         rate: factor of the learning rates, which fall to zero as a cosine.
-        loss: "mse", the mean squared error; "kl", the Kullback-Leibler divergence of the softmax
-            over the last dimension, which counts what is probable (Hinton et al., "Distilling the
-            Knowledge in a Neural Network", 2015, at temperature 1).
-        features: weight, beside the loss, of the mean over blocks of the squared error of what they
-            return, as a share of its power (Romero et al., "FitNets", 2015): many more targets for
-            each input. Blocks are the modules that containers (`nn.ModuleList`, `nn.Sequential`)
-            list, the outermost ones.
-        code_rate: factor of the rate of codes beside that of scales and biases.
 
     Returns:
         The error on the batches kept back, before and after: mean squares, as shares of the float
-        outputs' mean square; with "kl" the mean divergence in nats. It is looked at several times
-        on the way, and the best state stays.
+        outputs' mean square. It is looked at several times on the way, and the best state stays.
 
     Raises:
-        ValueError: no layer can learn, steps is not positive, an argument is none of those above,
-            or there are fewer than two batches.
+        ValueError: no layer can learn, steps is not positive, or there are fewer than two batches.
     """
     layers = [m for m in quantized.modules() if isinstance(m, QuantizedLayer) and takes_moments(m)]
     if not layers or steps < 1:
@@ -95,31 +81,26 @@ def distill_(
             "a network whose layers run in integers cannot learn: calibrate with lowbit.quantize_, "
             "which makes single layers"
         )
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}; it is one of {', '.join(map(repr, LOSSES))}")
-    for name, value in {"rate": rate, "features": features, "code_rate": code_rate}.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it is a finite number, at least 0")
     batches, forward = repeatable(data), forward_fn or run
-    blocks = blocks_of_both(model, quantized) if features else ([], [])
-    if features and not blocks[0]:
-        raise ValueError(
-            "features: the model has no blocks, the modules that nn.ModuleList and nn.Sequential "
-            "list, whose outputs could be compared"
-        )
-    teacher, student = Side(model, forward, blocks[0]), Side(quantized, forward, blocks[1])
+
+    def output(side: nn.Module, batch: Any) -> Tensor:
+        return floating_tensors(forward(side, batch))[0]
 
     with eval_mode([quantized, model]), no_fused_paths(), torch.enable_grad():
         with torch.no_grad():
-            held = [(batch, teacher(batch)[0]) for _, batch in _part(batches(), True)]
+            held = [(batch, output(model, batch)) for _, batch in _part(batches(), True)]
         if not held:
             raise ValueError("distill_ needs at least two batches: one learns, one judges")
+        power = sum(float(wanted.square().sum()) for _, wanted in held)
 
         def error() -> float:
+            wrong = 0.0
             with torch.no_grad():
-                return judge(loss, [(student(batch)[0], wanted) for batch, wanted in held])
+                for batch, wanted in held:
+                    wrong += float((output(quantized, batch) - wanted).square().sum())
+            return wrong / power if power else wrong
 
-        learner = Learner({id(layer): layer for layer in layers}, steps, rate, code_rate)
+        learner = Learner({id(layer): layer for layer in layers}, steps, rate)
         forwards = {key: _with_epilogue(soft) for key, soft in learner.soft.items()}
         before = best = error()
         every = max(1, steps // _CHECKS)
@@ -127,35 +108,26 @@ def distill_(
         for step in tqdm(range(1, steps + 1), desc="distill", disable=None, leave=False):
             batch = next(stream)
             with torch.no_grad():
-                wanted, inner = teacher(batch)
+                wanted = output(model, batch)
             with _replaced(layers, forwards):
-                found, own = student(batch)
-                total = LOSSES[loss](found, wanted)
-                if features:
-                    total = total + features * feature_error(own, inner)
-                if not total.isfinite():
+                loss = (output(quantized, batch) - wanted).square().mean()
+                if not loss.isfinite():
                     break
-                learner.step(total)
+                learner.step(loss)
             if step % every == 0 or step == steps:
                 learner.store()
-                now = error()
-                if now < best:
-                    best = now
+                found = error()
+                if found < best:
+                    best = found
                     learner.keep()
         learner.restore()
     for layer in layers:
         entry = entry_of(layer)
         if entry is not None:
-            note = f"distilled: the model's {_change(loss, before, best)}"
+            note = f"distilled: the model's error {100 * before:.3g} % to {100 * best:.3g} %"
             note = f"{entry.note}; {note}" if entry.note else note
             set_entry(layer, dataclasses.replace(entry, note=note))
     return before, best
-
-
-def _change(loss: Loss, before: float, after: float) -> str:
-    if loss == "kl":
-        return f"divergence {before:.3g} to {after:.3g} nats"
-    return f"error {100 * before:.3g} % to {100 * after:.3g} %"
 
 
 def _part(batches: Iterator[Any], held_out: bool) -> Iterator[tuple[int, Any]]:

@@ -19,7 +19,7 @@ from lowbit.benchmark.quality.photographs import BATCH, CALIBRATION, file_of, ji
 from lowbit.demo.photographs import MEAN, SIZE, STD
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 _RESOURCES = (
     "categorization",
@@ -53,7 +53,7 @@ class Stream:
         seed: the same seed gives the same batches.
     """
 
-    def __init__(self, photographs: Sequence[Image], seed: int = 0) -> None:
+    def __init__(self, photographs: Sequence[Image.Image], seed: int = 0) -> None:
         self._photographs, self._random = photographs, np.random.default_rng(seed)
 
     def __call__(self) -> Iterator[Tensor]:
@@ -65,7 +65,7 @@ class Stream:
             x = jittered(x, torch.Generator().manual_seed(int(self._random.integers(1 << 31))))
             yield x.contiguous(memory_format=torch.channels_last)
 
-    def _crop(self, image: Image) -> np.ndarray:
+    def _crop(self, image: Image.Image) -> np.ndarray:
         """uint8 [224, 224, 3]."""
         from PIL.Image import Resampling
 
@@ -80,14 +80,14 @@ class Stream:
         return crop[:, ::-1] if mirror < 0.5 else crop
 
 
-def photographs() -> list[Image]:
+def photographs() -> list[Image.Image]:
     """Those to calibrate with, and GCompris's; errors as for `photographs.calibration`."""
     from PIL import Image
 
-    found = []
+    found: list[Image.Image] = []
     for file in CALIBRATION:
-        with Image.open(file_of(*file)) as image:
-            found.append(image.convert("RGB"))
+        with Image.open(file_of(*file)) as opened:
+            found.append(opened.convert("RGB"))
     for file in GCOMPRIS:
         found += webp_photographs(file_of(*file).read_bytes())
     for image in found:
@@ -95,11 +95,11 @@ def photographs() -> list[Image]:
     return found
 
 
-def webp_photographs(data: bytes) -> list[Image]:
+def webp_photographs(data: bytes) -> list[Image.Image]:
     """The WebP images in a file of others that are neither transparent nor small."""
     from PIL import Image, UnidentifiedImageError
 
-    found = []
+    found: list[Image.Image] = []
     for match in _WEBP.finditer(data):
         size = int.from_bytes(match[1], "little") + 8
         try:

@@ -158,7 +158,7 @@ def _more(
 
 
 BLOCK_STEPS = 100
-DISTILL: Mapping[str, Any] = {"steps": 150, "loss": "kl", "rate": 0.5, "code_rate": 0.1}
+DISTILL: Mapping[str, Any] = {"steps": 150}
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -266,7 +266,7 @@ class QualityCase(SavedCase):
         """Roughly how many seconds it takes."""
         method = self.chosen
         learned = 120.0 * bool(method.options.get("block_steps"))
-        learned += method.distill.get("steps", 0)
+        learned += float(method.distill.get("steps", 0))
         return 15.0 + 60.0 * method.data + 120.0 * method.wide + learned
 
 
