@@ -77,5 +77,9 @@ def test_large_photographs_are_reduced(monkeypatch, tmp_path):
     batches = photographs.wide_calibration()
     assert [tuple(x.shape) for x in batches] == [(2, 3, 224, 224)]
     assert all(map(torch.equal, batches, photographs.wide_calibration()))
+    many = photographs.many_calibration()
+    assert [len(x) for x in many()] == [2] * photographs.PASSES
+    assert all(map(torch.equal, many(), many()))
+    assert not torch.equal(*[x for x, _ in zip(many(), range(2), strict=False)])
     learning = photographs.learning()
     assert not torch.equal(next(learning()), next(learning()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowbit
 from lowbit.benchmark import worker
 from lowbit.benchmark.quality import clothes, page, photographs, sentences, study
 from lowbit.benchmark.quality.study import Method, Network, QualityCase, QualityResult, measure
@@ -88,6 +89,19 @@ def test_a_model_that_is_distilled(tiny):
     text = page.page({("tiny", "w2a8, distilled"): better}, "a command")
     assert "without near ties" in text
     assert f"| {better.score:.3f} ±0.125 |               0.062 |" in text
+
+
+def test_layers_that_are_converted_late(tiny):
+    calls = []
+    tiny.data.many_calibration = lambda: calls.append(2) or [torch.randn(64, 32) for _ in range(9)]
+    tiny.data.wide_calibration = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(3)]
+    late = Method("w2a8-gptq", True, overrides={"2": None}, late={"2": "w8a8-gptq"}, wide=True)
+    tiny.methods[:] = [late]
+    found = measure(QualityCase("tiny", "w2a8-gptq"))
+    assert calls == [1, 2]
+    assert found.score < 1
+    part = lowbit.quantize(tiny.data.load(), "w2a8", overrides={"2": "w8a8"})
+    assert found.size == lowbit.summary(part).bytes_after
 
 
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):

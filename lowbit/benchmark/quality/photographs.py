@@ -85,6 +85,8 @@ CALIBRATION = tuple(file for file in PHOTOGRAPHS[1::2] if file not in VALIDATION
 
 CROPS = 3
 """Of each photograph to calibrate with."""
+PASSES = 8
+"""Crops of each photograph in `many_calibration`."""
 TEST_CROPS = 12
 """Of each photograph to test with."""
 MARGIN = 0.05
@@ -128,6 +130,20 @@ def wide_calibration() -> list[Tensor]:
     from lowbit.benchmark.quality.stream import Stream, photographs
 
     return list(Stream(photographs(), seed=7)())
+
+
+def many_calibration() -> Callable[[], Iterator[Tensor]]:
+    """Eight crops of each of these photographs, for a layer that sees one row of each crop."""
+    from lowbit.benchmark.quality.stream import Stream, photographs
+
+    images = photographs()
+
+    def batches() -> Iterator[Tensor]:
+        stream = Stream(images, seed=8)
+        for _ in range(PASSES):
+            yield from stream()
+
+    return batches
 
 
 def learning() -> Callable[[], Iterator[Tensor]]:

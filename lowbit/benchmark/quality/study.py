@@ -39,6 +39,8 @@ class Method:
         float_weights: whether only the activations are rounded, as the scheme does it: what no
             choice of weights gets past.
         wide: whether calibration data are those of `wide_calibration`.
+        late: layers that a second call converts, by name or pattern: for the data of
+            `many_calibration`, behind the others.
         distill: arguments with which the converted model learns from the float one, on the data of
             `learning`, see `lowbit.distill_`; none, and it does not.
     """
@@ -52,6 +54,7 @@ class Method:
     equalized: bool = False
     float_weights: bool = False
     wide: bool = False
+    late: Mapping[str, str | None] = field(default_factory=dict)
     distill: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,8 +70,8 @@ class Network:
     Attributes:
         title: of its table.
         data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
-            standard error of the score, `clear`, `wide_calibration` and `learning`, if a method
-            needs these.
+            standard error of the score, `clear`, `wide_calibration`, `many_calibration` and
+            `learning`, if a method needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -144,7 +147,7 @@ def _more(
     goal: str,
     text: str = "",
     overrides: Mapping[str, str | None] | None = None,
-    ways: str = "pd",
+    ways: str = "p",
 ) -> list[Method]:
     """Rows of a scheme calibrated with more photographs: plain, distilled."""
     rows = []
@@ -188,6 +191,7 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
+            *_more("w4a8-gptq", "w4a8"),
             *_more("w4a8-descent", "w4a8"),
             *_more("w4a8-g32-descent", "w4a8"),
             *(
@@ -200,6 +204,15 @@ NETWORKS: Mapping[str, Network] = {
             ),
             Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
             *_more("w4a16-descent", "mixed", "mixed", _MIXED_A16),
+            Method(
+                "w4a16-descent",
+                True,
+                overrides={**_MIXED_A16, "_fc": None},
+                goal="mixed",
+                text="mixed, more photographs, 2304 crops for the classifier",
+                wide=True,
+                late={"_fc": _MIXED_A16["_fc"]},
+            ),
         ],
         _first,
     ),
@@ -267,7 +280,8 @@ class QualityCase(SavedCase):
         method = self.chosen
         learned = 120.0 * bool(method.options.get("block_steps"))
         learned += float(method.distill.get("steps", 0))
-        return 15.0 + 60.0 * method.data + 120.0 * method.wide + learned
+        calibrated = 60.0 * method.data + 120.0 * method.wide + 160.0 * bool(method.late)
+        return 15.0 + calibrated + learned
 
 
 def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
@@ -325,6 +339,11 @@ def measure(case: QualityCase) -> QualityResult:
         quantized = copy.deepcopy(source)
         quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
         distill_(quantized, model, learning, **method.distill)
+    elif method.late:
+        quantized = copy.deepcopy(source)
+        quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
+        options["calibration"] = network.data.many_calibration()
+        quantize_(quantized, None, overrides=dict(method.late), **options)
     else:
         quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
