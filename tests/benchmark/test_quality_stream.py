@@ -81,5 +81,5 @@ def test_large_photographs_are_reduced(monkeypatch, tmp_path):
     assert [len(x) for x in many()] == [2] * photographs.PASSES
     assert all(map(torch.equal, many(), many()))
     assert not torch.equal(*[x for x, _ in zip(many(), range(2), strict=False)])
-    learning = photographs.learning()
+    learning = photographs.wide_learning()
     assert not torch.equal(next(learning()), next(learning()))

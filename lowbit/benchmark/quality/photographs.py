@@ -85,6 +85,8 @@ CALIBRATION = tuple(file for file in PHOTOGRAPHS[1::2] if file not in VALIDATION
 
 CROPS = 3
 """Of each photograph to calibrate with."""
+LEARNING_CROPS = 16
+"""Of each photograph to learn from by descent."""
 PASSES = 8
 """Crops of each photograph in `many_calibration`."""
 TEST_CROPS = 12
@@ -146,8 +148,13 @@ def many_calibration() -> Callable[[], Iterator[Tensor]]:
     return batches
 
 
-def learning() -> Callable[[], Iterator[Tensor]]:
-    """The same for methods that learn by descent: other crops at each call."""
+def learning() -> list[Tensor]:
+    """Augmented crops of the photographs to calibrate with, for methods that learn by descent."""
+    return calibration(crops=LEARNING_CROPS, augmented=True, seed=2)
+
+
+def wide_learning() -> Callable[[], Iterator[Tensor]]:
+    """Crops of these photographs to learn from by descent: one of each, others at each call."""
     from lowbit.benchmark.quality.stream import Stream, photographs
 
     return Stream(photographs(), seed=2)

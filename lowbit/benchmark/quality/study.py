@@ -38,7 +38,7 @@ class Method:
         equalized: whether channels are equalized first, what is ReLU6 becoming ReLU.
         float_weights: whether only the activations are rounded, as the scheme does it: what no
             choice of weights gets past.
-        wide: whether calibration data are those of `wide_calibration`.
+        wide: whether data are those of `wide_calibration` and `wide_learning`.
         late: layers that a second call converts, by name or pattern: for the data of
             `many_calibration`, behind the others.
         distill: arguments with which the converted model learns from the float one, on the data of
@@ -70,8 +70,8 @@ class Network:
     Attributes:
         title: of its table.
         data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
-            standard error of the score, `clear`, `wide_calibration`, `many_calibration` and
-            `learning`, if a method needs these.
+            standard error of the score, `clear`, `wide_calibration`, `many_calibration`,
+            `learning` and `wide_learning`, if a method needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -182,6 +182,7 @@ NETWORKS: Mapping[str, Network] = {
                 goal="w8a8",
                 text="descent in the first depthwise layer",
             ),
+            Method("w8a8-static", True, goal="w8a8", text="distilled", distill=DISTILL),
             *_more(
                 "w8a8-static", "w8a8", "descent in the first depthwise layer", _FIRST_LEARNED, "d"
             ),
@@ -331,7 +332,9 @@ def measure(case: QualityCase) -> QualityResult:
     if method.data:
         data = network.data
         options["calibration"] = data.wide_calibration() if method.wide else data.calibration()
-    learning = network.data.learning() if method.distill else None
+    learning = None
+    if method.distill:
+        learning = network.data.wide_learning() if method.wide else network.data.learning()
     begin = time.perf_counter()
     if method.float_weights:
         quantized = rounded_inputs(model, Scheme.parse(method.scheme))
