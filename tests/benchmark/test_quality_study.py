@@ -88,9 +88,9 @@ def test_a_model_that_is_distilled(tiny):
     assert better.deviation == 0.125
     tiny.data.wide_calibration = lambda: calls.append(2) or [torch.randn(64, 32)]
     tiny.data.wide_learning = lambda: calls.append(3) or tiny.data.learning
-    wide = Method("w2a8", True, text="wide", wide=True, distill={"steps": 60, "rate": 0.5})
+    wide = Method("w2a8-gptq", True, text="wide", wide=True, distill={"steps": 60, "rate": 0.5})
     tiny.methods.append(wide)
-    assert measure(QualityCase("tiny", "w2a8, wide")).score < plain.score
+    assert measure(QualityCase("tiny", "w2a8-gptq, wide")).score < plain.score
     assert calls[:3] == [1, 2, 3]
     text = page.page({("tiny", "w2a8, distilled"): better}, "a command")
     assert "without near ties" in text

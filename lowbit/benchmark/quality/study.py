@@ -194,6 +194,14 @@ NETWORKS: Mapping[str, Network] = {
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
             *_more("w4a8-gptq", "w4a8"),
             *_more("w4a8-descent", "w4a8"),
+            Method(
+                "w4a8-descent",
+                True,
+                {"block_steps": BLOCK_STEPS},
+                goal="w4a8",
+                text="blocks, more photographs",
+                wide=True,
+            ),
             *_more("w4a8-g32-descent", "w4a8"),
             *(
                 Method("w4a8-descent", True, options, _MIXED, "mixed", text)
