@@ -198,6 +198,7 @@ def clear(wanted: Tensor, found: Tensor) -> float:
 
 
 def file_of(package: str, file: str) -> Path:
+    """Where the file of a package is; errors as for `calibration`."""
     if file.startswith("/"):
         path = Path(os.environ.get(ROOT, "/")) / file[1:]
         if not path.exists():
