@@ -94,6 +94,8 @@ class Finals:
         self.learn = bool(conversion.options) or any(Scheme.parse(name).learns for name in names)
         """Whether layers learn from data together."""
         self._found: dict[tuple[int, ...], Final] = {}
+        self._fresh: nn.Module | None = None
+        self._best: tuple[Final, nn.Module] | None = None
 
     def converted(self, assignment: Assignment) -> nn.Module:
         """A copy of the float model with these schemes, as `quantize` makes it."""
@@ -104,13 +106,30 @@ class Finals:
         return self._conversion.quantize(self._model, None, overrides)
 
     def measure(self, choices: Choices, choice: Sequence[int]) -> Final:
-        """A choice, converted and measured; nothing is kept but the figures."""
+        """A choice, converted and measured; the model is kept while none loses less."""
         found = tuple(choice)
         if found not in self._found:
             uniform = [name for name in self._names if choices.choice_of(name) == found]
+            self._fresh = None
             size, losses = self.losses(choices.assignment(found))
-            self._found[found] = Final(found, uniform[0] if uniform else "", size, losses)
+            final = Final(found, uniform[0] if uniform else "", size, losses)
+            self._found[found] = final
+            if self._fresh is not None and (self._best is None or self._less(self._best[0], final)):
+                self._best = final, self._fresh
+            self._fresh = None
         return self._found[found]
+
+    def _less(self, best: Final, final: Final) -> bool:
+        looked = self._measurer.looked
+        return final.losses.mean(looked) < best.losses.mean(looked)
+
+    def take(self, choices: Choices, final: Final) -> nn.Module:
+        """The converted model of a choice, which then is the caller's."""
+        if self._best is not None and self._best[0] is final:
+            model = self._best[1]
+            self._best = None
+            return model
+        return self.converted(choices.assignment(final.choice))
 
     def losses(self, assignment: Assignment) -> tuple[int, Losses]:
         """Bytes and losses of an assignment, converted."""
@@ -119,6 +138,7 @@ class Finals:
             copied = self.converted(assignment)
             with eval_mode([copied]):
                 losses = self._measurer.losses_of(copied)
+            self._fresh = copied
             return {"bytes": weight_bytes(copied), **losses.to_dict()}
 
         name = f"final {key(assignment)}"

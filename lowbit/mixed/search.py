@@ -417,7 +417,7 @@ class _Run:
 
     def _result(self, final: Final) -> _Result:
         """The converted model, timed."""
-        copy = self._finals.converted(self._choices.assignment(final.choice))
+        copy = self._finals.take(self._choices, final)
         model = self._model_in_float()
         with eval_mode([copy]):
             before, after = self._measurer.time_models([model, copy], self._seconds)

@@ -47,16 +47,17 @@ def distill_(
 
     Its layers learn codes, scales and biases together, by steps of Adam on the mean squared error
     of the first floating-point output. Bytes and speed stay what they are. Deterministic on one
-    machine with one number of threads. Memory: the activations of a batch, and five float32 numbers
-    for each weight.
+    machine with one number of threads. Memory: the activations of a batch, five float32 numbers for
+    each weight, and the batches kept back with their outputs.
 
     Args:
         quantized: of `lowbit.quantize` or `lowbit.search`; changed. Layers with static activations
             keep their scales; networks that run in integers (`lowbit.static`) are refused.
         model: the float model that it was made of; untouched.
         data: batches, see `lowbit.calibration.batches`; at least two. Labels are not needed, but
-            many different inputs: hundreds, better with augmentation. Every eighth batch is kept
-            back, see Returns.
+            many different inputs: hundreds, better with augmentation, which a function that gives
+            others at each call does anew for each pass. Every eighth batch is kept back, see
+            Returns; those of the first pass judge.
         steps: one batch each; the data are read again as often as it takes.
         forward_fn: as for `lowbit.quantize`.
         rate: factor of the learning rates, which fall to zero as a cosine.
@@ -85,18 +86,20 @@ def distill_(
     def output(side: nn.Module, batch: Any) -> Tensor:
         return floating_tensors(forward(side, batch))[0]
 
-    def error() -> float:
-        wrong = power = 0.0
-        with torch.no_grad():
-            for _, batch in _part(batches(), True):
-                wanted = output(model, batch)
-                wrong += float((output(quantized, batch) - wanted).square().sum())
-                power += float(wanted.square().sum())
-        return wrong / power if power else wrong
-
     with eval_mode([quantized, model]), no_fused_paths(), torch.enable_grad():
-        if sum(1 for _ in batches()) < 2:
+        with torch.no_grad():
+            held = [(batch, output(model, batch)) for _, batch in _part(batches(), True)]
+        if not held:
             raise ValueError("distill_ needs at least two batches: one learns, one judges")
+        power = sum(float(wanted.square().sum()) for _, wanted in held)
+
+        def error() -> float:
+            wrong = 0.0
+            with torch.no_grad():
+                for batch, wanted in held:
+                    wrong += float((output(quantized, batch) - wanted).square().sum())
+            return wrong / power if power else wrong
+
         learner = Learner({id(layer): layer for layer in layers}, steps, rate)
         forwards = {key: _with_epilogue(soft) for key, soft in learner.soft.items()}
         before = best = error()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowbit
 from lowbit.benchmark import worker
 from lowbit.benchmark.quality import clothes, page, photographs, sentences, study
 from lowbit.benchmark.quality.study import Method, Network, QualityCase, QualityResult, measure
@@ -79,15 +80,34 @@ def test_a_model_that_is_distilled(tiny):
     tiny.data.learning = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(9)]
     tiny.data.deviation = lambda wanted, found: 0.125
     tiny.data.clear = lambda wanted, found: 0.0625
-    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill=60))
+    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill={"steps": 60}))
     plain, better = (measure(QualityCase("tiny", name)) for name in ("w2a8", "w2a8, distilled"))
     assert calls == [1]
     assert better.score < plain.score
     assert better.size == plain.size
     assert better.deviation == 0.125
+    tiny.data.wide_calibration = lambda: calls.append(2) or [torch.randn(64, 32)]
+    tiny.data.wide_learning = lambda: calls.append(3) or tiny.data.learning
+    wide = Method("w2a8-gptq", True, text="wide", wide=True, distill={"steps": 60, "rate": 0.5})
+    tiny.methods.append(wide)
+    assert measure(QualityCase("tiny", "w2a8-gptq, wide")).score < plain.score
+    assert calls[:3] == [1, 2, 3]
     text = page.page({("tiny", "w2a8, distilled"): better}, "a command")
     assert "without near ties" in text
     assert f"| {better.score:.3f} ±0.125 |               0.062 |" in text
+
+
+def test_layers_that_are_converted_late(tiny):
+    calls = []
+    tiny.data.many_calibration = lambda: calls.append(2) or [torch.randn(64, 32) for _ in range(9)]
+    tiny.data.wide_calibration = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(3)]
+    late = Method("w2a8-gptq", True, overrides={"2": None}, late={"2": "w8a8-gptq"}, wide=True)
+    tiny.methods[:] = [late]
+    found = measure(QualityCase("tiny", "w2a8-gptq"))
+    assert calls == [1, 2]
+    assert found.score < 1
+    part = lowbit.quantize(tiny.data.load(), "w2a8", overrides={"2": "w8a8"})
+    assert found.size == lowbit.summary(part).bytes_after
 
 
 def test_the_worker_runs_it(tiny, monkeypatch, capfd):
@@ -166,7 +186,7 @@ def test_augmented_crops_differ_in_their_colours(at_hand):
     assert other[0].shape == plain[0].shape == (8, 3, 224, 224)
     assert not torch.equal(other[0], plain[0])
     assert -1.0 <= float(other[0].min()) < float(other[0].max()) <= 1.0
-    wanted = photographs._jittered(torch.zeros(4, 3, 2, 2), torch.Generator())
+    wanted = photographs.jittered(torch.zeros(4, 3, 2, 2), torch.Generator())
     # One grey has neither contrast nor saturation to vary.
     assert torch.equal(wanted, wanted[:, :1, :1, :1].expand_as(wanted))
 
@@ -174,16 +194,16 @@ def test_augmented_crops_differ_in_their_colours(at_hand):
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(photographs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps scikit-learn"):
-        photographs._path("sklearn", "datasets/images/china.jpg")
+        photographs.file_of("sklearn", "datasets/images/china.jpg")
 
 
 def test_photographs_of_debian_packages_may_lie_anywhere(monkeypatch, tmp_path):
     monkeypatch.setenv(photographs.ROOT, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get download darknet"):
-        photographs._path("darknet", "/usr/share/dog.jpg")
+        photographs.file_of("darknet", "/usr/share/dog.jpg")
     (tmp_path / "usr" / "share").mkdir(parents=True)
     (tmp_path / "usr" / "share" / "dog.jpg").touch()
-    assert photographs._path("darknet", "/usr/share/dog.jpg") == tmp_path / "usr/share/dog.jpg"
+    assert photographs.file_of("darknet", "/usr/share/dog.jpg") == tmp_path / "usr/share/dog.jpg"
 
 
 def test_the_standard_error_is_that_of_photographs():

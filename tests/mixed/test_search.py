@@ -292,6 +292,26 @@ def test_layers_that_learn_are_kept_beside_the_file(tmp_path, monkeypatch):
     assert other.quality != found.quality
 
 
+def test_the_choice_that_wins_is_not_converted_again(monkeypatch):
+    made, quantize = [], Conversion.quantize
+
+    def counted(self, model, scheme, assignment=None):
+        if scheme is None:
+            made.append(tuple(sorted((assignment or {}).items())))
+        return quantize(self, model, scheme, assignment)
+
+    monkeypatch.setattr(Conversion, "quantize", counted)
+    handed = []
+    for budget in ("40%", "20dB"):
+        made.clear()
+        search_many(net(), batches(1), [budget], SCHEMES, each=lambda *pair: handed.append(pair))
+        assert len(made) > 1
+        assert len(made) == len(set(made))
+    (first, model), _ = handed
+    again = lowbit.quantize(net(), None, overrides=first.overrides)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
 def test_each_result_is_handed_out_with_its_model(tmp_path):
     model, data, handed = net(), batches(1), []
     found = search_many(

@@ -90,6 +90,29 @@ def test_batches_kept_back_are_not_learned_from():
     assert "forward" not in vars(quantized.stem)
 
 
+def test_a_stream_is_read_anew_and_judged_by_its_first_pass():
+    passes, judged, wanted = [], [], []
+
+    def stream():
+        passes.append(len(passes))
+        return iter(data(passes[-1], 4))
+
+    def forward(side, batch):
+        if not torch.is_grad_enabled():
+            (judged if side is quantized else wanted).append(batch)
+        return side(batch)
+
+    model = Net().eval()
+    quantized = lowbit.quantize(model, "w4a8")
+    lowbit.distill_(quantized, model, stream, steps=10, forward_fn=forward)
+    assert len(passes) == 5  # one to keep a batch back, and four of three batches to learn from
+    assert len(judged) == 6
+    assert all(torch.equal(batch, data(0, 4)[1]) for batch in judged)
+    # The float model runs once for each step, and once for the batch kept back.
+    assert len(wanted) == 11
+    assert torch.equal(wanted[0], judged[0])
+
+
 def test_the_model_keeps_its_mode_and_its_forwards():
     model = Net()
     quantized = lowbit.quantize(model, "w4a8").train()

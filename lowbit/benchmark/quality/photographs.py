@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +87,8 @@ CROPS = 3
 """Of each photograph to calibrate with."""
 LEARNING_CROPS = 16
 """Of each photograph to learn from by descent."""
+PASSES = 8
+"""Crops of each photograph in `many_calibration`."""
 TEST_CROPS = 12
 """Of each photograph to test with."""
 MARGIN = 0.05
@@ -119,15 +121,43 @@ def calibration(
         ModuleNotFoundError, FileNotFoundError: a package is missing; says how to get it.
     """
     random = torch.Generator().manual_seed(seed)
-    x = torch.cat([_crops(_path(*file), crops, _CALIBRATION_SIDE, random) for file in files])
+    x = torch.cat([_crops(file_of(*file), crops, _CALIBRATION_SIDE, random) for file in files])
     if augmented:
-        x = _jittered(x, random)
+        x = jittered(x, random)
     return _batches(x[torch.randperm(len(x), generator=random)])
+
+
+def wide_calibration() -> list[Tensor]:
+    """A crop of each photograph to calibrate with and of each of GCompris: batches as above."""
+    from lowbit.benchmark.quality.stream import Stream, photographs
+
+    return list(Stream(photographs(), seed=7)())
+
+
+def many_calibration() -> Callable[[], Iterator[Tensor]]:
+    """Eight crops of each of these photographs, for a layer that sees one row of each crop."""
+    from lowbit.benchmark.quality.stream import Stream, photographs
+
+    images = photographs()
+
+    def batches() -> Iterator[Tensor]:
+        stream = Stream(images, seed=8)
+        for _ in range(PASSES):
+            yield from stream()
+
+    return batches
 
 
 def learning() -> list[Tensor]:
     """Augmented crops of the photographs to calibrate with, for methods that learn by descent."""
     return calibration(crops=LEARNING_CROPS, augmented=True, seed=2)
+
+
+def wide_learning() -> Callable[[], Iterator[Tensor]]:
+    """Crops of these photographs to learn from by descent: one of each, others at each call."""
+    from lowbit.benchmark.quality.stream import Stream, photographs
+
+    return Stream(photographs(), seed=2)
 
 
 def tests() -> list[Tensor]:
@@ -143,7 +173,7 @@ def validation() -> list[Tensor]:
 def judging(files: Sequence[File], crops: int = TEST_CROPS) -> list[Tensor]:
     """Batches of crops to judge by, so many of each photograph, one photograph after the other."""
     random = torch.Generator().manual_seed(1)
-    return _batches(torch.cat([_crops(_path(*f), crops, _TEST_SIDE, random) for f in files]))
+    return _batches(torch.cat([_crops(file_of(*f), crops, _TEST_SIDE, random) for f in files]))
 
 
 def score(wanted: Tensor, found: Tensor) -> float:
@@ -167,7 +197,8 @@ def clear(wanted: Tensor, found: Tensor) -> float:
     return score(wanted[sure], found[sure])
 
 
-def _path(package: str, file: str) -> Path:
+def file_of(package: str, file: str) -> Path:
+    """Where the file of a package is; errors as for `calibration`."""
     if file.startswith("/"):
         path = Path(os.environ.get(ROOT, "/")) / file[1:]
         if not path.exists():
@@ -205,7 +236,7 @@ def _crops(path: Path, count: int, smallest: float, random: torch.Generator) -> 
     return (torch.stack(found) - MEAN) / STD
 
 
-def _jittered(x: Tensor, random: torch.Generator) -> Tensor:
+def jittered(x: Tensor, random: torch.Generator) -> Tensor:
     """Images [N, 3, H, W] with other brightness, contrast and saturation, each of its own."""
     share = torch.rand(len(x), 3, 1, 1, 1, generator=random)
     brightness, contrast, saturation = (1 + _JITTER * (2 * share - 1)).unbind(1)

@@ -38,8 +38,11 @@ class Method:
         equalized: whether channels are equalized first, what is ReLU6 becoming ReLU.
         float_weights: whether only the activations are rounded, as the scheme does it: what no
             choice of weights gets past.
-        distill: for how many steps the converted model learns from the float one, on the data of
-            `learning`.
+        wide: whether data are those of `wide_calibration` and `wide_learning`.
+        late: layers that a second call converts, by name or pattern: for the data of
+            `many_calibration`, behind the others.
+        distill: arguments with which the converted model learns from the float one, on the data of
+            `learning`, see `lowbit.distill_`; none, and it does not.
     """
 
     scheme: str
@@ -50,7 +53,9 @@ class Method:
     text: str = ""
     equalized: bool = False
     float_weights: bool = False
-    distill: int = 0
+    wide: bool = False
+    late: Mapping[str, str | None] = field(default_factory=dict)
+    distill: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -65,7 +70,8 @@ class Network:
     Attributes:
         title: of its table.
         data: a module with `load`, `calibration`, `tests` and `score`; with `deviation`, the
-            standard error of the score, `clear`, and `learning`, if a method needs these.
+            standard error of the score, `clear`, `wide_calibration`, `many_calibration`,
+            `learning` and `wide_learning`, if a method needs these.
         unit: of the score.
         better: 1 where a higher score is better, -1 where a lower one is.
         targets: goal -> score to reach.
@@ -136,8 +142,26 @@ def _curve(
     return rows
 
 
+def _more(
+    scheme: str,
+    goal: str,
+    text: str = "",
+    overrides: Mapping[str, str | None] | None = None,
+    ways: str = "p",
+) -> list[Method]:
+    """Rows of a scheme calibrated with more photographs: plain, distilled."""
+    rows = []
+    for way in ways:
+        texts = [text, "more photographs", "distilled" if way == "d" else ""]
+        distill = DISTILL if way == "d" else {}
+        label = ", ".join(filter(None, texts))
+        changes = overrides or {}
+        rows.append(Method(scheme, True, {}, changes, goal, label, wide=True, distill=distill))
+    return rows
+
+
 BLOCK_STEPS = 100
-DISTILL_STEPS = 100
+DISTILL: Mapping[str, Any] = {"steps": 150}
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -158,13 +182,9 @@ NETWORKS: Mapping[str, Network] = {
                 goal="w8a8",
                 text="descent in the first depthwise layer",
             ),
-            Method(
-                "w8a8-static",
-                True,
-                overrides=_FIRST_LEARNED,
-                goal="w8a8",
-                text="descent in the first depthwise layer, distilled",
-                distill=DISTILL_STEPS,
+            Method("w8a8-static", True, goal="w8a8", text="distilled", distill=DISTILL),
+            *_more(
+                "w8a8-static", "w8a8", "descent in the first depthwise layer", _FIRST_LEARNED, "d"
             ),
             Method("w8a16"),
             Method("w8a8", text="float32 weights", float_weights=True),
@@ -172,6 +192,17 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
+            *_more("w4a8-gptq", "w4a8"),
+            *_more("w4a8-descent", "w4a8"),
+            Method(
+                "w4a8-descent",
+                True,
+                {"block_steps": BLOCK_STEPS},
+                goal="w4a8",
+                text="blocks, more photographs",
+                wide=True,
+            ),
+            *_more("w4a8-g32-descent", "w4a8"),
             *(
                 Method("w4a8-descent", True, options, _MIXED, "mixed", text)
                 for options, text in (
@@ -181,14 +212,15 @@ NETWORKS: Mapping[str, Network] = {
                 )
             ),
             Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
+            *_more("w4a16-descent", "mixed", "mixed", _MIXED_A16),
             Method(
                 "w4a16-descent",
                 True,
-                {},
-                _MIXED_A16,
-                "mixed",
-                "mixed, distilled",
-                distill=DISTILL_STEPS,
+                overrides={**_MIXED_A16, "_fc": None},
+                goal="mixed",
+                text="mixed, more photographs, 2304 crops for the classifier",
+                wide=True,
+                late={"_fc": _MIXED_A16["_fc"]},
             ),
         ],
         _first,
@@ -255,8 +287,10 @@ class QualityCase(SavedCase):
     def cost(self) -> float:
         """Roughly how many seconds it takes."""
         method = self.chosen
-        learned = 120.0 * bool(method.options.get("block_steps")) + 1.0 * method.distill
-        return 15.0 + 60.0 * method.data + learned
+        learned = 120.0 * bool(method.options.get("block_steps"))
+        learned += float(method.distill.get("steps", 0))
+        calibrated = 60.0 * method.data + 120.0 * method.wide + 160.0 * bool(method.late)
+        return 15.0 + calibrated + learned
 
 
 def cases(names: Sequence[str] = tuple(NETWORKS)) -> list[QualityCase]:
@@ -304,15 +338,23 @@ def measure(case: QualityCase) -> QualityResult:
     options: dict[str, Any] = dict(method.options)
     source = equalize(model, relu6="relu") if method.equalized else model
     if method.data:
-        options["calibration"] = network.data.calibration()
-    learning = network.data.learning() if method.distill else None
+        data = network.data
+        options["calibration"] = data.wide_calibration() if method.wide else data.calibration()
+    learning = None
+    if method.distill:
+        learning = network.data.wide_learning() if method.wide else network.data.learning()
     begin = time.perf_counter()
     if method.float_weights:
         quantized = rounded_inputs(model, Scheme.parse(method.scheme))
     elif learning is not None:  # layer by layer, also where activations are static
         quantized = copy.deepcopy(source)
         quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
-        distill_(quantized, model, learning, steps=method.distill)
+        distill_(quantized, model, learning, **method.distill)
+    elif method.late:
+        quantized = copy.deepcopy(source)
+        quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
+        options["calibration"] = network.data.many_calibration()
+        quantize_(quantized, None, overrides=dict(method.late), **options)
     else:
         quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
