@@ -297,19 +297,18 @@ def test_measure_names_what_failed():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "pause", "untimed"),
-    [(1e-5, 0.01, 5), (4e-4, 0.01, 3), (5e-3, 0.01, 1), (0.02, 0.01, 0), (1e-5, 0.0, 1)],
+    ("seconds", "untimed"), [(1e-5, 5), (2e-3, 5), (4e-3, 3), (0.019, 1), (0.02, 0)]
 )
-def test_a_core_that_slept_wakes_before_it_is_timed(monkeypatch, seconds, pause, untimed):
+def test_a_core_that_slept_wakes_before_it_is_timed(monkeypatch, seconds, untimed):
     slept, called = [], []
     monkeypatch.setattr(measuring.time, "sleep", slept.append)
     sides = {"a": lambda: called.append("a")}
-    settled = measuring._settled(sides, {"a": seconds}, calls=2, pause=pause)
+    settled = measuring._settled(sides, {"a": seconds}, calls=2)
     assert list(settled) == ["before a", "a"]
     for rounds in (1, 2):
         for _ in range(2):  # as often as a side is called in a round
             settled["before a"]()
-        assert slept == [pause] * rounds
+        assert slept == [measuring.SPIN_SECONDS] * rounds
         assert called == ["a"] * untimed * rounds
 
 

@@ -24,7 +24,7 @@ MAX_COPIES = 256
 SPIN_SECONDS = 0.01
 """How long to wait for the threads of another engine's pool to go to sleep."""
 
-SETTLE_CALLS, SETTLE_SECONDS = 5, 0.001
+SETTLE_CALLS, SETTLE_SECONDS = 5, 0.01
 """After that pause a side is called for so long, and so often at most, before it is timed: a core
 that slept is slow to wake, and has lost what its caches held."""
 
@@ -84,10 +84,8 @@ def measure(
         if sides:
             trial = _trial(sides)
             calls = _calls_per_round(trial)
-            pause = SPIN_SECONDS if ceilings.threads > 1 else 0.0
-            settles = pause > 0 or rotate_bytes == 0
             timings = alternate(
-                _settled(sides, trial, calls, pause) if settles else sides,
+                _settled(sides, trial, calls),
                 budget_seconds=budget_seconds,
                 min_rounds=min_rounds,
                 calls_per_round=calls,
@@ -110,26 +108,26 @@ def measure(
 
 
 def _settled(
-    sides: dict[str, Callable[[], Any]], trial: dict[str, float], calls: int, pause: float
+    sides: dict[str, Callable[[], Any]], trial: dict[str, float], calls: int
 ) -> dict[str, Callable[[], Any]]:
     """The same sides, each after a pause and untimed calls of its own.
 
     Threads of an engine go on spinning for milliseconds after its call, and would take the cores
-    from the next one; after the pause the untimed calls wake that one's threads, as the layers
-    before do in a model. On any number of threads one brings weights that are not rotated back
-    into the caches, from which the other engines have pushed them. A call that takes long by
-    itself, in the `trial`, does not show either. `calls` is how often every side is called in a
-    round.
+    from the next one, on one thread as well: an engine with a pool of its own keeps it busy. After
+    the pause the untimed calls wake that one's threads, as the layers before do in a model, and
+    bring weights that are not rotated back into the caches, from which the other engines have
+    pushed them. A call that takes long by itself, in the `trial`, does not show either. `calls` is
+    how often every side is called in a round.
     """
 
     def settle(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         count = itertools.count()
-        untimed = 1 if pause == 0 else math.ceil(min(SETTLE_CALLS, SETTLE_SECONDS / trial[name]))
+        untimed = math.ceil(min(SETTLE_CALLS, SETTLE_SECONDS / trial[name]))
         untimed = 0 if trial[name] >= LONG_SECONDS else untimed
 
         def pause_and_call() -> None:
             if next(count) % calls == 0:  # once in a round
-                time.sleep(pause)
+                time.sleep(SPIN_SECONDS)
                 for _ in range(untimed):
                     call()
 
