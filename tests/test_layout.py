@@ -168,6 +168,7 @@ CPP_TESTED_IN = {
     "step_check": "test_program_errors.py",
     "bindings": "test_linear.py",
     "cpu": "test_dispatch.py",
+    "channel_rows": "test_conv2d.py",
     "depthwise": "test_conv2d.py",
     "fit": "test_quantizers.py",
     "gemm": "test_linear.py",
