@@ -75,9 +75,18 @@ struct SaturatedCodes {
   }
 };
 
-inline SaturatedCodes saturated_codes(const PlaneCodes& how) {
-  return {how.inverse, static_cast<float>(-128 - how.zero), static_cast<float>(127 - how.zero),
-          how.zero, Lanes{}};
+// call(codes) with what encodes in this way; returns the largest |x| that it has seen.
+template <class Call>
+LOWBIT_INLINE uint32_t with_codes(const PlaneCodes& how, Call call) {
+  if (!how.saturates) {
+    RoundedCodes codes{how.inverse};
+    call(codes);
+    return codes.seen();
+  }
+  SaturatedCodes codes{how.inverse, static_cast<float>(-128 - how.zero),
+                       static_cast<float>(127 - how.zero), how.zero, Lanes{}};
+  call(codes);
+  return codes.seen();
 }
 
 // Four channels of kLanes pixels as a dword each; those from `channels` on are 0.
@@ -184,14 +193,8 @@ uint32_t encode_planes(const PlaneCodes& how, const float* x, ptrdiff_t plane, i
       __builtin_memcpy(out[i] + offset, pixels[i], static_cast<size_t>(width));
     return seen;
   }
-  if (!how.saturates) {
-    RoundedCodes codes{how.inverse};
-    put_planes(codes, x, plane, count, channels, width, out, offset);
-    return codes.seen();
-  }
-  SaturatedCodes codes = saturated_codes(how);
-  put_planes(codes, x, plane, count, channels, width, out, offset);
-  return codes.seen();
+  return with_codes(
+      how, [&](auto& codes) { put_planes(codes, x, plane, count, channels, width, out, offset); });
 }
 
 template <class Codes>
@@ -229,14 +232,7 @@ uint32_t encode_triples(const PlaneCodes& how, const float* x, ptrdiff_t plane, 
     __builtin_memcpy(q, pixels, static_cast<size_t>(3 * count));
     return seen;
   }
-  if (!how.saturates) {
-    RoundedCodes codes{how.inverse};
-    put_triples(codes, x, plane, count, q);
-    return codes.seen();
-  }
-  SaturatedCodes codes = saturated_codes(how);
-  put_triples(codes, x, plane, count, q);
-  return codes.seen();
+  return with_codes(how, [&](auto& codes) { put_triples(codes, x, plane, count, q); });
 }
 
 // As above, lanes of pixels as they are.
@@ -262,14 +258,8 @@ LOWBIT_INLINE void put_panels(Codes& codes, const float* x, ptrdiff_t plane, int
 
 uint32_t encode_panels(const PlaneCodes& how, const float* x, ptrdiff_t plane, int64_t panels,
                        int64_t channels, uint8_t* out, ptrdiff_t stride) {
-  if (!how.saturates) {
-    RoundedCodes codes{how.inverse};
-    put_panels(codes, x, plane, panels, channels, out, stride);
-    return codes.seen();
-  }
-  SaturatedCodes codes = saturated_codes(how);
-  put_panels(codes, x, plane, panels, channels, out, stride);
-  return codes.seen();
+  return with_codes(
+      how, [&](auto& codes) { put_panels(codes, x, plane, panels, channels, out, stride); });
 }
 
 void value_rows(const uint8_t* packed, int64_t steps, const FormatTraits& format, int8_t* rows,

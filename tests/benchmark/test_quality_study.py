@@ -80,7 +80,7 @@ def test_a_model_that_is_distilled(tiny):
     tiny.data.learning = lambda: calls.append(1) or [torch.randn(64, 32) for _ in range(9)]
     tiny.data.deviation = lambda wanted, found: 0.125
     tiny.data.clear = lambda wanted, found: 0.0625
-    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill={"steps": 60}))
+    tiny.methods.append(Method("w2a8", goal="small", text="distilled", distill=60))
     plain, better = (measure(QualityCase("tiny", name)) for name in ("w2a8", "w2a8, distilled"))
     assert calls == [1]
     assert better.score < plain.score
@@ -88,7 +88,7 @@ def test_a_model_that_is_distilled(tiny):
     assert better.deviation == 0.125
     tiny.data.wide_calibration = lambda: calls.append(2) or [torch.randn(64, 32)]
     tiny.data.wide_learning = lambda: calls.append(3) or tiny.data.learning
-    wide = Method("w2a8-gptq", True, text="wide", wide=True, distill={"steps": 60, "rate": 0.5})
+    wide = Method("w2a8-gptq", True, text="wide", wide=True, distill=60)
     tiny.methods.append(wide)
     assert measure(QualityCase("tiny", "w2a8-gptq, wide")).score < plain.score
     assert calls[:3] == [1, 2, 3]

@@ -41,8 +41,8 @@ class Method:
         wide: whether data are those of `wide_calibration` and `wide_learning`.
         late: layers that a second call converts, by name or pattern: for the data of
             `many_calibration`, behind the others.
-        distill: arguments with which the converted model learns from the float one, on the data of
-            `learning`, see `lowbit.distill_`; none, and it does not.
+        distill: for how many steps the converted model learns from the float one, on the data of
+            `learning`.
     """
 
     scheme: str
@@ -55,7 +55,7 @@ class Method:
     float_weights: bool = False
     wide: bool = False
     late: Mapping[str, str | None] = field(default_factory=dict)
-    distill: Mapping[str, Any] = field(default_factory=dict)
+    distill: int = 0
 
     @property
     def label(self) -> str:
@@ -146,22 +146,17 @@ def _more(
     scheme: str,
     goal: str,
     text: str = "",
-    overrides: Mapping[str, str | None] | None = None,
-    ways: str = "p",
-) -> list[Method]:
-    """Rows of a scheme calibrated with more photographs: plain, distilled."""
-    rows = []
-    for way in ways:
-        texts = [text, "more photographs", "distilled" if way == "d" else ""]
-        distill = DISTILL if way == "d" else {}
-        label = ", ".join(filter(None, texts))
-        changes = overrides or {}
-        rows.append(Method(scheme, True, {}, changes, goal, label, wide=True, distill=distill))
-    return rows
+    options: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> Method:
+    """A row of a scheme that is calibrated with more photographs; `rest`: fields of Method."""
+    texts = (text, "more photographs", "distilled" if rest.get("distill") else "")
+    label = ", ".join(filter(None, texts))
+    return Method(scheme, True, options or {}, goal=goal, text=label, wide=True, **rest)
 
 
 BLOCK_STEPS = 100
-DISTILL: Mapping[str, Any] = {"steps": 150}
+DISTILL_STEPS = 150
 
 NETWORKS: Mapping[str, Network] = {
     "efficientnet": Network(
@@ -182,9 +177,13 @@ NETWORKS: Mapping[str, Network] = {
                 goal="w8a8",
                 text="descent in the first depthwise layer",
             ),
-            Method("w8a8-static", True, goal="w8a8", text="distilled", distill=DISTILL),
-            *_more(
-                "w8a8-static", "w8a8", "descent in the first depthwise layer", _FIRST_LEARNED, "d"
+            Method("w8a8-static", True, goal="w8a8", text="distilled", distill=DISTILL_STEPS),
+            _more(
+                "w8a8-static",
+                "w8a8",
+                "descent in the first depthwise layer",
+                overrides=_FIRST_LEARNED,
+                distill=DISTILL_STEPS,
             ),
             Method("w8a16"),
             Method("w8a8", text="float32 weights", float_weights=True),
@@ -192,17 +191,10 @@ NETWORKS: Mapping[str, Network] = {
             *_curve("w4a8", "w4a8", "descent+bias descent+blocks"),
             *_curve("w4a8-g32", "w4a8", "default descent"),
             Method("w4a8", goal="w4a8", text="equalized", equalized=True),
-            *_more("w4a8-gptq", "w4a8"),
-            *_more("w4a8-descent", "w4a8"),
-            Method(
-                "w4a8-descent",
-                True,
-                {"block_steps": BLOCK_STEPS},
-                goal="w4a8",
-                text="blocks, more photographs",
-                wide=True,
-            ),
-            *_more("w4a8-g32-descent", "w4a8"),
+            _more("w4a8-gptq", "w4a8"),
+            _more("w4a8-descent", "w4a8"),
+            _more("w4a8-descent", "w4a8", "blocks", {"block_steps": BLOCK_STEPS}),
+            _more("w4a8-g32-descent", "w4a8"),
             *(
                 Method("w4a8-descent", True, options, _MIXED, "mixed", text)
                 for options, text in (
@@ -212,7 +204,7 @@ NETWORKS: Mapping[str, Network] = {
                 )
             ),
             Method("w4a16-descent", True, {}, _MIXED_A16, "mixed", "mixed"),
-            *_more("w4a16-descent", "mixed", "mixed", _MIXED_A16),
+            _more("w4a16-descent", "mixed", "mixed", overrides=_MIXED_A16),
             Method(
                 "w4a16-descent",
                 True,
@@ -288,7 +280,7 @@ class QualityCase(SavedCase):
         """Roughly how many seconds it takes."""
         method = self.chosen
         learned = 120.0 * bool(method.options.get("block_steps"))
-        learned += float(method.distill.get("steps", 0))
+        learned += method.distill
         calibrated = 60.0 * method.data + 120.0 * method.wide + 160.0 * bool(method.late)
         return 15.0 + calibrated + learned
 
@@ -346,15 +338,15 @@ def measure(case: QualityCase) -> QualityResult:
     begin = time.perf_counter()
     if method.float_weights:
         quantized = rounded_inputs(model, Scheme.parse(method.scheme))
-    elif learning is not None:  # layer by layer, also where activations are static
+    elif learning is not None or method.late:
+        # Layer by layer, also where activations are static.
         quantized = copy.deepcopy(source)
         quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
-        distill_(quantized, model, learning, **method.distill)
-    elif method.late:
-        quantized = copy.deepcopy(source)
-        quantize_(quantized, method.scheme, overrides=dict(method.overrides), **options)
-        options["calibration"] = network.data.many_calibration()
-        quantize_(quantized, None, overrides=dict(method.late), **options)
+        if method.late:
+            options["calibration"] = network.data.many_calibration()
+            quantize_(quantized, None, overrides=dict(method.late), **options)
+        if learning is not None:
+            distill_(quantized, model, learning, steps=method.distill)
     else:
         quantized = quantize(source, method.scheme, overrides=dict(method.overrides), **options)
     seconds = time.perf_counter() - begin
