@@ -24,9 +24,9 @@ MAX_COPIES = 256
 SPIN_SECONDS = 0.01
 """How long to wait for the threads of another engine's pool to go to sleep."""
 
-SETTLE_CALLS, SETTLE_SECONDS = 5, 0.01
+SETTLE_CALLS, SETTLE_SECONDS = 500, 0.01
 """After that pause a side is called for so long, and so often at most, before it is timed: a core
-that slept is slow to wake, and has lost what its caches held."""
+that slept takes milliseconds to wake fully, and has lost what its caches held."""
 
 LONG_SECONDS = 0.02
 """A call of so many seconds needs no untimed call before it: threads wake in microseconds, and
