@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "parallel.h"
 
 namespace lowbit {
 
@@ -184,7 +183,7 @@ class Block {
     float* const out = y + first * y_pitch;
     if (sums_) return run_in_parts(first, rows, out, y_pitch);
 
-    set_operands(first, 0, 0);
+    set_tile(first, rows);
     const bool whole = cols_ % kPanel == 0;
     tile_.y = whole ? out : out_;
     tile_.y_pitch = whole ? y_pitch : kernel_.nr;
@@ -203,13 +202,13 @@ class Block {
       tile_.q = q;
       tile_.residual = residual;
       tile_.q_first = codes_->first + c0_;
-      set_operands(first, 0, 0);
+      set_tile(first, rows);
       return dot();
     }
     if (sums_) {
       run_in_parts(first, rows, out_, kernel_.nr);
     } else {
-      set_operands(first, 0, 0);
+      set_tile(first, rows);
       tile_.y = out_;
       tile_.y_pitch = kernel_.nr;
       dot();
@@ -279,6 +278,17 @@ class Block {
                          : (panels + first) * tile_.panel_stride;
   }
 
+  // All of K, or what of it is not 0 in all rows.
+  void set_tile(int64_t first, int rows) {
+    int64_t step = 0;
+    if (rows_.steps) {
+      step = rows_.steps[first + rows - 1].begin;
+      tile_.steps = tile_.group_steps = rows_.steps[first].end - step;
+      if (rows_.segments) tile_.segments = rows_.segments + step / rows_.segment_steps;
+    }
+    set_operands(first, step, 0);
+  }
+
   void set_operands(int64_t first, int64_t step, int64_t chunk) {
     const ptrdiff_t row = first * rows_.planes;
     if (weights_.group_zero) tile_.group_sum = group_sum_ + first * depth_.groups;
@@ -291,8 +301,8 @@ class Block {
       tile_.mask = rows_.mask ? rows_.mask + from : nullptr;
     } else {
       const ptrdiff_t lines = rows_.line ? row / line_ : 0;
-      tile_.codes = rows_.codes + lines * rows_.line_pitch + (row - lines * line_) * rows_.pitch +
-                    step * traits(weights_.format).depth();
+      tile_.codes = rows_.codes + lines * rows_.line_pitch + (row - lines * line_) * rows_.pitch;
+      if (!rows_.segments) tile_.codes += step * traits(weights_.format).depth();
     }
   }
 

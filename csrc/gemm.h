@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "lowbit.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace lowbit {
@@ -67,6 +68,9 @@ struct Rows {
   ptrdiff_t line_pitch = 0;
   const ptrdiff_t* segments = nullptr;
   int64_t segment_steps = 0;
+  // [count], not null: outside these steps a row's codes are all 0 (one chunk). Neither end is
+  // behind that of the row before.
+  const Range* steps = nullptr;
 };
 
 // The weights with 8-bit codes less 128, padding 0, for Kernel::dot_centred, and their seed [panels

@@ -65,9 +65,13 @@ Columns::Columns(const Kernel& kernel, const Conv2dGeometry& g, const Weights& w
   if (in_place_) pitch_ = images.pitch();
   const int64_t rows = block * images.planes();
   const int64_t size = in_place_ || lines_ ? 0 : rows * pitch_ + kVectorBytes;
+  const bool leaves_out = want_sums && images.pads_with_zeros() && images.height() > g.height &&
+                          depth.chunks() == 1 && depth.steps % g.kernel_h == 0 &&
+                          k_ == depth.steps * traits(weights.format).depth();
+  inside_steps_ = leaves_out ? depth.steps / g.kernel_h : 0;
   scratch.cut(piece(segments_, taps), piece(codes_, size),
               piece(mask_, bits && images.padded() ? size : 0), piece(sums_, rows * depth.chunks()),
-              piece(scale_, block));
+              piece(scale_, block), piece(inside_, leaves_out ? block : 0));
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t ky = runs ? t : t / g.kernel_w, kx = runs ? 0 : t % g.kernel_w;
     segments_[t] = (ky * g.dilation_h * images.row_pixels() + kx * g.dilation_w) * images.pitch();
@@ -89,6 +93,7 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
       if (mask_) gather(run, images_.mask(run.y, run.x), group, mask_, 1);
     }
     if (pixel_sums_) add_sums(run, image, group);
+    if (inside_steps_) std::fill_n(inside_ + i, run.count, steps_inside(run.y));
     i += run.count;
   }
 
@@ -116,9 +121,21 @@ Rows Columns::fill(int64_t image, int64_t first, int64_t count, int64_t group) {
     rows.segments = segments_;
     rows.segment_steps = depth_.steps / segment_count_;
   }
+  rows.steps = inside_;
   if (clears_padding_) clear_padding(count * planes);
   if (!pixel_sums_ && wants_sums_) sum_rows(rows);
   return rows;
+}
+
+// The steps of those rows of the kernel that lie inside the image, of a receptive field that begins
+// in row y of the padded one; all steps where none does.
+Range Columns::steps_inside(int64_t y) const {
+  const Conv2dGeometry& g = geometry_;
+  const int64_t above = g.pad_top - y, end = above + g.height;
+  const int64_t from = above > 0 ? ceil_div(above, g.dilation_h) : 0;
+  const int64_t to = end > 0 ? std::min(ceil_div(end, g.dilation_h), g.kernel_h) : 0;
+  if (from >= to) return {0, depth_.steps};
+  return {from * inside_steps_, to * inside_steps_};
 }
 
 // Rows `every` apart.

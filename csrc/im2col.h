@@ -38,6 +38,7 @@ class Columns {
   void sum_rows(const Rows& rows);
   void count_bits(const uint32_t* mask, int32_t* sums) const;
   void clear_padding(int64_t rows);
+  Range steps_inside(int64_t y) const;
 
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
@@ -54,6 +55,8 @@ class Columns {
   int8_t *codes_, *mask_;
   int32_t* sums_;
   float* scale_;
+  int64_t inside_steps_;  // of a row of the kernel, where those outside the image are left out; or 0
+  Range* inside_;
 };
 
 }  // namespace lowbit

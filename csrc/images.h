@@ -50,6 +50,7 @@ class Images {
   }
 
   bool use_bits() const { return use_bits_; }
+  bool pads_with_zeros() const { return !view_ && fixed_.zero == 0; }
   bool padded() const { return height_ > geometry_.height || width_ > geometry_.width; }
   int planes() const { return planes_; }
   int64_t pitch() const { return pitch_; }    // bytes from a pixel to the next one

@@ -83,6 +83,14 @@ CONVS = {
     "tensorflow-same": Conv(32, 9, stride=(2, 2), padding=(0, 1, 0, 1), size=(8, 8)),
     "kernel-beyond-image": Conv(32, 6, kernel=(5, 7), padding=(3, 3, 4, 4), size=(2, 3)),
     "padding-beyond-kernel": Conv(8, 6, kernel=(2, 2), padding=(4, 3, 5, 4), size=(3, 3)),
+    # rows of the kernel that lie outside the image for all pixels of a tile, and whole kernels
+    "rows-outside": Conv(32, 20, padding=(4, 4, 4, 4), dilation=(4, 4), size=(9, 13)),
+    "rows-outside-merged": Conv(4, 20, kernel=(5, 4), padding=(7, 2, 1, 1), size=(9, 13)),
+    "rows-outside-stride": Conv(40, 35, padding=(8, 9, 3, 2), stride=(2, 1), size=(5, 8)),
+    "lines-outside": Conv(32, 64, padding=(9, 7, 1, 1), dilation=(3, 1), size=(4, 12)),
+    "lines-outside-stride": Conv(
+        40, 64, kernel=(4, 3), padding=(3, 8, 2, 2), stride=(2, 2), dilation=(1, 2), size=(5, 23)
+    ),
     "one-pixel": Conv(64, 20, padding=SAME, size=(1, 1)),
     "one-output": Conv(16, 20, kernel=(7, 6)),
     "row-kernel": Conv(32, 12, kernel=(1, 5), padding=(0, 0, 2, 2)),
