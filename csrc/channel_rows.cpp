@@ -49,7 +49,7 @@ void ChannelRows::make(int thread, int team) const {
 }
 
 void ChannelRows::run(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane,
-                      Scratch& scratch) const {
+                      bool far, Scratch& scratch) const {
   float* scale;
   scratch.cut(piece(scale, round_up(count, kPanel)));
   std::fill_n(scale, round_up(count, kPanel), images_.scale(image));
@@ -67,6 +67,7 @@ void ChannelRows::run(int64_t image, int64_t first, int64_t count, float* y, ptr
   rows.scale = weights_.scale;
   rows.sums = sums_;
   rows.bias = weights_.bias ? bias_ : nullptr;
+  rows.far = far;
   gemm(kernel_, pixels, depth_, rows, 0, count, y, plane);
 }
 

@@ -21,8 +21,8 @@ class ChannelRows {
   // This thread's part of the rows. A barrier must follow.
   void make(int thread, int team) const;
 
-  // `count` pixels from panel `first` on, to y [channel][plane].
-  void run(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane,
+  // `count` pixels from panel `first` on, to y [channel][plane]; `far`: see Rows.
+  void run(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane, bool far,
            Scratch& scratch) const;
 
  private:

@@ -49,8 +49,13 @@ int64_t blocks_per_image(const Conv2dGeometry& g, const Weights& weights, int64_
 class Layer {
  public:
   Layer(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights, const Depth& depth,
-        Activation activation, const Images& images, Scratch& scratch)
-      : kernel_(kernel), geometry_(g), weights_(weights), depth_(depth), images_(images) {
+        Activation activation, const Images& images, bool far, Scratch& scratch)
+      : kernel_(kernel),
+        geometry_(g),
+        weights_(weights),
+        depth_(depth),
+        images_(images),
+        far_(far) {
     if (ChannelRows::fits(g, weights, depth, activation)) {
       channel_rows_.emplace(kernel, g, weights, images, scratch);
     } else if (g.depthwise()) {
@@ -96,15 +101,16 @@ class Layer {
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           rows(columns, image, first, count, group), channels.begin, std::min(channels.end, n),
-           y + group * n, g.out_channels);
+           rows(columns, image, first, count, group, far_), channels.begin,
+           std::min(channels.end, n), y + group * n, g.out_channels);
   }
 
   // The same of all channels, to y [out_channels][plane].
   void run_planes(int64_t image, int64_t first, int64_t count, float* y, ptrdiff_t plane) const {
     static thread_local Scratch scratch, room_scratch;
     const Conv2dGeometry& g = geometry_;
-    if (channel_rows_) return channel_rows_->run(image, first / kPanel, count, y, plane, scratch);
+    if (channel_rows_)
+      return channel_rows_->run(image, first / kPanel, count, y, plane, far_, scratch);
     float* room;
     room_scratch.cut(piece(room, count * g.out_channels));
     if (depthwise_ || grouped_) {
@@ -115,7 +121,7 @@ class Layer {
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           rows(columns, image, first, count, group), 0, n,
+           rows(columns, image, first, count, group, false), 0, n,
            PlaneRows{y + group * n * plane, plane, room});
   }
 
@@ -128,9 +134,11 @@ class Layer {
            !weights_.group_scale && activation == Activation::int8;
   }
 
-  Rows rows(Columns& columns, int64_t image, int64_t first, int64_t count, int64_t group) const {
+  Rows rows(Columns& columns, int64_t image, int64_t first, int64_t count, int64_t group,
+            bool far) const {
     Rows rows = columns.fill(image, first, count, group);
     rows.seed = seed_;
+    rows.far = far;
     return rows;
   }
 
@@ -140,6 +148,7 @@ class Layer {
   const int32_t* seed_ = nullptr;  // of centred weights
   const Depth& depth_;
   const Images& images_;
+  const bool far_;  // see Rows::far
   std::optional<ChannelRows> channel_rows_;
   std::optional<DepthwiseWeights> depthwise_;
   std::optional<Grouped> grouped_;
@@ -148,7 +157,7 @@ class Layer {
 
 // As many images as one pass quantizes at once.
 void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights,
-                 Activation activation, float* y, int threads, const UnitScale& fixed) {
+                 Activation activation, float* y, int threads, const UnitScale& fixed, bool far) {
   const int64_t pixels = g.out_height * g.out_width;
   const Kernel& kernel = lowbit::kernel();
   const Depth depth(weights.format, weights.k, weights.group_size);
@@ -165,7 +174,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
                       ? Images(kernel, g, fixed, scratch)
                       : Images(kernel, g, activation, fixed, use_bits,
                                tap_channels(weights.format, width), sums, scratch);
-  const Layer layer(kernel, g, weights, depth, activation, images, weights_scratch);
+  const Layer layer(kernel, g, weights, depth, activation, images, far, weights_scratch);
   threads = worthwhile_threads(threads, g.batch * pixels * weights.n * weights.k);
 
   parallel(threads, [&](int thread, int team) {
@@ -222,7 +231,8 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   pass.y_channels_last |= g.out_height * g.out_width == 1;
   for (int64_t first = 0; first < g.batch; first += images) {
     pass.batch = std::min(images, g.batch - first);
-    conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit);
+    conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit,
+                is_far(g.batch * out));
   }
 }
 

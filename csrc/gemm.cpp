@@ -82,6 +82,12 @@ constexpr bool fetches_in_order(int rows, int64_t products, int64_t block) {
   return block < most && (rows > 2 || products >= 4);
 }
 
+// Lines of a far output come from L3 or memory, which takes longer than a tile of few products of a
+// row and a vector: so many tiles ahead are they fetched. Measured, see README.md.
+constexpr int tiles_ahead(int64_t products) {
+  return products < 8 ? 4 : products < 24 ? 2 : products < 40 ? 1 : 0;
+}
+
 // Up to so many tall tiles, where reading the weights once or from the first cache counts most; and
 // any number of them where the channels are no more.
 constexpr int64_t kTallTiles = 2;
@@ -114,7 +120,8 @@ class Block {
         least_(line_tiles_ ? line_ / line_tiles_ : 0),
         longer_(line_ - least_ * line_tiles_),
         each_(tiles_ ? ceil_div(width_ / kPanel, tiles_) : 0),
-        fields_(rows.bits ? 1 : traits(weights.format).planes()) {
+        fields_(rows.bits ? 1 : traits(weights.format).planes()),
+        tiles_ahead_(rows.far ? tiles_ahead(depth.steps * fields_) : 0) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool zeros = weights.group_zero;
@@ -187,6 +194,7 @@ class Block {
     const bool whole = cols_ % kPanel == 0;
     tile_.y = whole ? out : out_;
     tile_.y_pitch = whole ? y_pitch : kernel_.nr;
+    tile_.y_fetched = tile_.y + (whole ? tiles_ahead_ * rows * y_pitch : 0);
     dot();
     if (whole) return;
     for (int i = 0; i < rows; ++i) std::copy_n(out_ + i * kernel_.nr, cols_, out + i * y_pitch);
@@ -209,7 +217,7 @@ class Block {
       run_in_parts(first, rows, out_, kernel_.nr);
     } else {
       set_tile(first, rows);
-      tile_.y = out_;
+      tile_.y_fetched = tile_.y = out_;
       tile_.y_pitch = kernel_.nr;
       dot();
     }
@@ -278,14 +286,13 @@ class Block {
                          : (panels + first) * tile_.panel_stride;
   }
 
-  // All of K, or what of it is not 0 in all rows.
+  // All of K, or what of it is not 0 in all rows. Tiles are short: where it is all, `step` had
+  // better be a constant.
   void set_tile(int64_t first, int rows) {
-    int64_t step = 0;
-    if (rows_.steps) {
-      step = rows_.steps[first + rows - 1].begin;
-      tile_.steps = tile_.group_steps = rows_.steps[first].end - step;
-      if (rows_.segments) tile_.segments = rows_.segments + step / rows_.segment_steps;
-    }
+    if (!rows_.steps) return set_operands(first, 0, 0);
+    const int64_t step = rows_.steps[first + rows - 1].begin;
+    tile_.steps = tile_.group_steps = rows_.steps[first].end - step;
+    if (rows_.segments) tile_.segments = rows_.segments + step / rows_.segment_steps;
     set_operands(first, step, 0);
   }
 
@@ -371,6 +378,7 @@ class Block {
   const int64_t least_, longer_;  // rows of a tile, and how many tiles of a line have one more
   const int64_t each_;            // so many panels of the next block does a tile fetch
   const int fields_;              // of a byte: products of a row and a vector of weights
+  const int tiles_ahead_;         // see tiles_ahead()
   Tile tile_{};
   float *scale_, *bias_, *group_sum_, *out_, *value_, *total_, *factor_;
   int32_t *offset_, *sums_;

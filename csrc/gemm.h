@@ -71,7 +71,11 @@ struct Rows {
   // [count], not null: outside these steps a row's codes are all 0 (one chunk). Neither end is
   // behind that of the row before.
   const Range* steps = nullptr;
+  bool far = false;  // the caches do not hold all of the output, see is_far()
 };
+
+// Whether an output of so many floats comes from behind the second caches.
+inline bool is_far(int64_t outputs) { return outputs >= int64_t{2} << 20; }
 
 // The weights with 8-bit codes less 128, padding 0, for Kernel::dot_centred, and their seed [panels
 // * 16], cut from `scratch`. A tap of K has tap_channels k, the first `channels` of them used.

@@ -65,6 +65,7 @@ struct Tile {
   bool stored;                // of one group: ends in finish_stored (codes, a bias of rows)
   float* y;                   // [rows / planes][nr], `y_pitch` apart
   ptrdiff_t y_pitch;
+  const float* y_fetched;  // what is fetched meanwhile: y, or that of a later tile
   // Not null: codes in place of floats, row_scale is 1; row r's panels go to q[r] + q_first.
   const Requantize* requantize;
   int8_t* const* q;

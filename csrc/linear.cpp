@@ -208,6 +208,7 @@ void linear_pass(const float* x, int64_t m, const Weights& weights, Activation a
       rows.codes = buffers.codes + first * count * buffers.pitch;
     rows.scale = buffers.scale + first;
     rows.sums = buffers.sums + first * count * depth.chunks();
+    rows.far = is_far(m * weights.n);
     gemm(kernel, weights, depth, rows, c.begin, c.end, y + r.begin * weights.n, weights.n);
   });
 }

@@ -128,10 +128,10 @@ LOWBIT_NOINLINE void finish_stored(const Tile& t, int panel, const float* f) {
   finish_tile<R, V>(t, panel, value);
 }
 
-// The lines that the tile will write come while it computes.
+// The lines that this tile will write, or a later one, come while it computes.
 template <int MR, int V>
 LOWBIT_INLINE void fetch_output(const Tile& t, int panel) {
-  const float* y = t.y + panel * kPanel;
+  const float* y = t.y_fetched + panel * kPanel;
   const int rows = t.planes == 2 ? MR / 2 : MR;
   for (int r = 0; r < rows; ++r, y += t.y_pitch)
     LOWBIT_UNROLL for (int v = 0; v < V; v += kRegs) __builtin_prefetch(y + v * kLanes, 1);
