@@ -101,8 +101,8 @@ class Layer {
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           rows(columns, image, first, count, group, far_), channels.begin,
-           std::min(channels.end, n), y + group * n, g.out_channels);
+           rows(columns, image, first, count, group), channels.begin, std::min(channels.end, n),
+           y + group * n, g.out_channels);
   }
 
   // The same of all channels, to y [out_channels][plane].
@@ -121,7 +121,7 @@ class Layer {
     const int64_t n = g.out_channels / g.groups;
     for (int64_t group = 0; group < g.groups; ++group)
       gemm(kernel_, group_weights(weights_, g, depth_, group), depth_,
-           rows(columns, image, first, count, group, false), 0, n,
+           rows(columns, image, first, count, group), 0, n,
            PlaneRows{y + group * n * plane, plane, room});
   }
 
@@ -134,11 +134,10 @@ class Layer {
            !weights_.group_scale && activation == Activation::int8;
   }
 
-  Rows rows(Columns& columns, int64_t image, int64_t first, int64_t count, int64_t group,
-            bool far) const {
+  Rows rows(Columns& columns, int64_t image, int64_t first, int64_t count, int64_t group) const {
     Rows rows = columns.fill(image, first, count, group);
     rows.seed = seed_;
-    rows.far = far;
+    rows.far = far_;
     return rows;
   }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-
+#include <utility>
 
 namespace lowbit {
 
@@ -402,17 +402,32 @@ void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, cons
   }
 }
 
+namespace {
+
+constexpr int64_t kSquare = 16, kMost = 64;  // rows that are transposed at once, from L1
+
+// The lines of `channels` planes that begin behind rows [begin, end).
+void fetch_planes(const PlaneRows& planes, Range channels, int64_t begin, int64_t end) {
+  for (int64_t r = round_up(begin, kSquare); r < end; r += kSquare)
+    for (int64_t c = channels.begin; c < channels.end; ++c)
+      __builtin_prefetch(planes.y + c * planes.plane + r, 1);
+}
+
+}  // namespace
+
 void gemm(const Kernel& kernel, const Weights& weights, const Depth& depth, const Rows& rows,
           int64_t begin, int64_t end, const PlaneRows& planes) {
-  constexpr int64_t kSquare = 16, kMost = 64;  // rows that are transposed at once, from L1
   static thread_local Scratch scratch;
-  Block block(kernel, weights, depth, rows, nullptr, scratch);
+  Rows near = rows;  // tiles write to a room
+  near.far = false;
+  Block block(kernel, weights, depth, near, nullptr, scratch);
   for (int64_t c = begin; c < end;) {
     const int64_t count = block.set_channels(c, end);
     int64_t done = 0;
-    for (int64_t t = 0; t < block.tiles(); ++t) {
+    for (int64_t t = 0, made = 0; t < block.tiles(); ++t) {
+      const int64_t begun = std::exchange(made, block.end_of(t)), left = rows.count - made;
+      if (rows.far) fetch_planes(planes, {c, c + count}, begun + kMost, made + kMost);
       block.run(t, planes.room, count);
-      const int64_t made = block.end_of(t), left = rows.count - made;
       int64_t ready = left == 0 ? made : made / kSquare * kSquare;
       if (rows.count - ready < kSquare) ready -= left == 0 ? 0 : kSquare;  // squares to the end
       if (ready - done < kMost && left > 0) continue;
