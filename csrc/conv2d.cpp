@@ -13,6 +13,7 @@
 #include "lowbit.h"
 #include "pages.h"
 #include "parallel.h"
+#include "plane_depthwise.h"
 
 namespace lowbit {
 
@@ -170,7 +171,7 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
   const bool sums =
       !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth);
   Images images = ChannelRows::fits(g, weights, depth, activation)
-                      ? Images(kernel, g, fixed, scratch)
+                      ? Images(kernel, g, fixed, ceil_div(pixels, kPanel), scratch)
                       : Images(kernel, g, activation, fixed, use_bits,
                                tap_channels(weights.format, width), sums, scratch);
   const Layer layer(kernel, g, weights, depth, activation, images, far, weights_scratch);
@@ -230,6 +231,10 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
   pass.y_channels_last |= g.out_height * g.out_width == 1;
   for (int64_t first = 0; first < g.batch; first += images) {
     pass.batch = std::min(images, g.batch - first);
+    if (is_plane_depthwise(kernel(), pass, weights, activation, fixed)) {
+      plane_depthwise(kernel(), pass, weights, x + first * in, y + first * out, threads);
+      continue;
+    }
     conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit,
                 is_far(g.batch * out));
   }

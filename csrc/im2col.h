@@ -55,7 +55,8 @@ class Columns {
   int8_t *codes_, *mask_;
   int32_t* sums_;
   float* scale_;
-  int64_t inside_steps_;  // of a row of the kernel, where those outside the image are left out; or 0
+  int64_t
+      inside_steps_;  // of a row of the kernel, where those outside the image are left out; or 0
   Range* inside_;
 };
 

@@ -45,7 +45,7 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
 }
 
 Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& fixed,
-               Scratch& scratch)
+               int64_t panels, Scratch& scratch)
     : kernel_(kernel),
       geometry_(g),
       activation_(Activation::int8),
@@ -53,7 +53,7 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& f
       use_bits_(false),
       view_(false),
       planes_(1),
-      height_(ceil_div(g.height * g.width, kPanel)),
+      height_(panels),
       width_(kPanel),
       row_pixels_(kPanel),
       elements_(g.height * g.width * g.channels),

@@ -21,9 +21,10 @@ class Images {
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
          const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
-  // Codes of NCHW plus 128 as 8-bit weights: panels of 16 pixels (int8, no padding).
+  // Codes of NCHW plus 128 as 8-bit weights: so many panels of 16 pixels (int8, no padding).
+  // Without panels scales alone.
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, const UnitScale& fixed,
-         Scratch& scratch);
+         int64_t panels, Scratch& scratch);
 
   // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
   // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the

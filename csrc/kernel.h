@@ -101,6 +101,26 @@ struct DepthwiseTile {
   int8_t* q;                     // with y_pitch and y_row
 };
 
+// One channel of a depthwise convolution of channels first: its floats become codes within a border
+// of zeros, and 16 neighbouring outputs are lanes, each with a *window* of four bytes of a row,
+// which meet four taps by one dot product.
+struct PlaneTile {
+  const float* x;  // [height][width], 16 wide at least
+  int64_t height, width;
+  float inverse;  // of the scale; 0: all codes are 0
+  int8_t* codes;  // of x[0][0]; rows `pitch` apart
+  ptrdiff_t pitch;
+  const int8_t*
+      from;  // the first output's receptive field; up to 80 bytes behind the last are read
+  int rows;  // of the kernel: 3, of up to 4 taps across, or 5 or 7, of up to 8
+  int64_t stride_h, stride_w;  // the latter 4 at most
+  const int8_t* w;             // [rows][4 or 8 taps], 0 behind the last
+  int32_t seed;
+  float scale, bias;  // the scale is that of weights times that of activations
+  float* y;           // [outputs][pixels], 16 pixels at least
+  int64_t outputs, pixels;
+};
+
 // Where a weight of each channel is in a panel, what its code means, and which byte of four it
 // becomes in a place of DepthwiseTile::w or GroupedTile::w.
 struct TapField {
@@ -173,6 +193,7 @@ struct Kernel {
 
   int column_bytes;  // of a column, and of its weights: 64, or 128 where bytes are widened
   void (*depthwise)(const DepthwiseTile& tile);
+  void (*plane)(const PlaneTile& tile);  // null: an ISA has none
   void (*grouped)(const GroupedTile& tile);
   // `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
   // `w_stride` apart, and to their seed.

@@ -134,6 +134,27 @@ CONVS = {
     "depthwise-two": Conv(2, 2, padding=SAME, groups=2),
     "depthwise-pointwise": Conv(33, 33, kernel=(1, 1), groups=33),
     "depthwise-beyond-image": Conv(20, 20, kernel=(9, 9), padding=(4, 4, 4, 4), groups=20),
+    # wide enough to be computed plane by plane where they come and leave channels first
+    "depthwise-planes": Conv(20, 20, padding=SAME, groups=20, batch=3, size=(9, 17)),
+    "depthwise-planes-whole": Conv(16, 16, padding=SAME, groups=16, size=(6, 32)),
+    "depthwise-planes-unpadded": Conv(3, 3, kernel=(3, 4), groups=3, size=(4, 19)),
+    "depthwise-planes-column": Conv(33, 33, kernel=(3, 1), groups=33, size=(5, 16)),
+    "depthwise-planes-stride": Conv(
+        35, 35, stride=(2, 2), padding=(0, 1, 0, 1), groups=35, size=(10, 38)
+    ),
+    "depthwise-planes-stride-4": Conv(5, 5, stride=(5, 4), padding=SAME, groups=5, size=(13, 67)),
+    "depthwise-planes-past-kernel": Conv(
+        4, 4, kernel=(3, 2), stride=(4, 3), groups=4, batch=1, size=(14, 53)
+    ),
+    "depthwise-planes-5x5": Conv(
+        18, 18, kernel=(5, 5), padding=(2, 2, 2, 2), groups=18, size=(7, 24)
+    ),
+    "depthwise-planes-5x8": Conv(
+        8, 8, kernel=(5, 8), stride=(2, 2), padding=(3, 1, 5, 4), groups=8, size=(8, 33)
+    ),
+    "depthwise-planes-7x7": Conv(
+        17, 17, kernel=(7, 7), padding=(3, 3, 3, 3), groups=17, size=(5, 21)
+    ),
     # grouped
     "multiplier": Conv(12, 24, padding=SAME, groups=12),
     "multiplier-seventeen": Conv(3, 51, padding=SAME, groups=3),

@@ -174,6 +174,7 @@ CPP_TESTED_IN = {
     "gemm": "test_linear.py",
     "grouped": "test_conv2d.py",
     "pages": "cpp/test_pages.cpp",
+    "plane_depthwise": "test_conv2d.py",
     "im2col": "test_conv2d.py",
     "images": "test_conv2d.py",
     "probe": "test_dispatch.py",

@@ -96,6 +96,27 @@ inline Reg shift_right(Reg v) {
 inline Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
 inline Reg bit_and(Reg a, Reg b) { return _mm512_and_si512(a, b); }
 
+// The dwords that a quarter's windows lie in, then their bytes.
+#define LOWBIT_WINDOWS
+struct Windows {
+  Reg dwords, places;
+
+  explicit Windows(int stride) {
+    const auto of_quarters = [](int quarter, int lane) __attribute__((always_inline)) {
+      return _mm512_add_epi32(
+          _mm512_mullo_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                             _mm512_set1_epi32(quarter)),
+          _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3),
+                             _mm512_set1_epi32(lane)));
+    };
+    dwords = of_quarters(stride, 1);
+    places = _mm512_add_epi32(of_quarters(0, stride * 0x01010101), _mm512_set1_epi32(0x03020100));
+  }
+  Reg operator()(Reg row) const {
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(dwords, row), places);
+  }
+};
+
 // Dword 4t + q holds channels 4q..4q+3 of tap t: gather the dwords of a q in one 128-bit lane,
 // transpose 4 x 4 bytes.
 inline void interleave(const int8_t* t0, const int8_t* t1, const int8_t* t2, const int8_t* t3,

@@ -20,6 +20,22 @@ inline Reg dot(Reg acc, Reg u, Reg a) {
   return acc;
 }
 
+// The dwords that a half's windows lie in, then their bytes.
+#define LOWBIT_WINDOWS
+struct Windows {
+  Reg dwords, places;
+
+  explicit Windows(int stride) {
+    const Reg lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3);
+    dwords = _mm256_add_epi32(lane, _mm256_setr_epi32(0, 0, 0, 0, stride, stride, stride, stride));
+    places = _mm256_add_epi32(_mm256_mullo_epi32(lane, _mm256_set1_epi32(stride * 0x01010101)),
+                              _mm256_set1_epi32(0x03020100));
+  }
+  Reg operator()(Reg row) const {
+    return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(row, dwords), places);
+  }
+};
+
 #include "microkernel.inl"
 #include "rows.inl"
 #include "table.inl"

@@ -28,6 +28,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     xnor_any,
     kColumnBytes,
     depthwise_tile,
+    plane_tile,
     grouped_tile,
     spread,
     amax_bits,
