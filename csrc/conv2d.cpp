@@ -57,7 +57,7 @@ class Layer {
         depth_(depth),
         images_(images),
         far_(far) {
-    if (ChannelRows::fits(g, weights, depth, activation)) {
+    if (ChannelRows::fits(kernel, g, weights, depth, activation)) {
       channel_rows_.emplace(kernel, g, weights, images, scratch);
     } else if (g.depthwise()) {
       depthwise_.emplace(kernel, g, weights, depth, activation, scratch);
@@ -170,8 +170,8 @@ void conv2d_pass(const float* x, const Conv2dGeometry& g, const Weights& weights
   static thread_local Scratch scratch, weights_scratch;
   const bool sums =
       !is_fine_grouped(g, weights, activation) && Columns::wants_sums(g, weights, depth);
-  Images images = ChannelRows::fits(g, weights, depth, activation)
-                      ? Images(kernel, g, fixed, ceil_div(pixels, kPanel), scratch)
+  Images images = ChannelRows::fits(kernel, g, weights, depth, activation)
+                      ? Images(kernel, g, fixed, ChannelRows::layout(g), scratch)
                       : Images(kernel, g, activation, fixed, use_bits,
                                tap_channels(weights.format, width), sums, scratch);
   const Layer layer(kernel, g, weights, depth, activation, images, far, weights_scratch);

@@ -14,6 +14,14 @@ int64_t padded_size(int64_t size, int64_t out, int64_t kernel, int64_t stride, i
                     int64_t dilation) {
   return std::max((out - 1) * stride + (kernel - 1) * dilation + 1, pad + size);
 }
+int64_t padded_height(const Conv2dGeometry& g) {
+  return padded_size(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h);
+}
+int64_t padded_width(const Conv2dGeometry& g) {
+  return padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w);
+}
+
+constexpr int64_t kBehind = 80;  // bytes that can be read behind the codes
 
 }  // namespace
 
@@ -26,8 +34,8 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
       use_bits_(use_bits),
       view_(false),
       planes_(lowbit::planes(activation)),
-      height_(padded_size(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)),
-      width_(padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)),
+      height_(padded_height(g)),
+      width_(padded_width(g)),
       row_pixels_(width_),
       elements_(g.height * g.width * g.channels) {
   const int64_t group = g.channels / g.groups;
@@ -37,32 +45,35 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activat
   if (g.depthwise()) pitch_ = round_up(g.channels, kPanel);  // the microkernel reads whole panels
   plane_bytes_ = height_ * width_ * pitch_;
   const int64_t pixels = g.batch * planes_ * height_ * width_;
-  scratch.cut(piece(codes_, pixels * pitch_ + kVectorBytes),
+  scratch.cut(piece(codes_, pixels * pitch_ + kBehind),
               piece(mask_, use_bits && padded() ? plane_bytes_ + kVectorBytes : 0),
               piece(sums_, want_sums ? pixels * g.groups : 0), piece(seen_, g.batch),
               piece(scale_, g.batch), piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
 
-Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& fixed,
-               int64_t panels, Scratch& scratch)
+Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& fixed, Layout layout,
+               Scratch& scratch)
     : kernel_(kernel),
       geometry_(g),
       activation_(Activation::int8),
       fixed_(fixed),
+      layout_(layout),
       use_bits_(false),
       view_(false),
-      planes_(1),
-      height_(panels),
-      width_(kPanel),
-      row_pixels_(kPanel),
+      planes_(layout == Layout::channels ? static_cast<int>(g.channels) : 1),
+      height_(layout == Layout::channels ? padded_height(g)
+              : layout == Layout::panels ? ceil_div(g.height * g.width, kPanel)
+                                         : 0),
+      width_(layout == Layout::channels ? padded_width(g) : kPanel),
+      row_pixels_(width_),
       elements_(g.height * g.width * g.channels),
       group_bytes_(0),
-      pitch_(0),
+      pitch_(1),
       panel_bytes_(packed_steps(Format::int8, g.channels) * kVectorBytes) {
-  plane_bytes_ = height_ * panel_bytes_;
-  scratch.cut(piece(codes_, g.batch * plane_bytes_), piece(seen_, g.batch), piece(scale_, g.batch),
-              piece(inverse_, g.batch));
+  plane_bytes_ = height_ * (layout == Layout::channels ? width_ : panel_bytes_);
+  scratch.cut(piece(codes_, g.batch * planes_ * plane_bytes_ + kBehind), piece(seen_, g.batch),
+              piece(scale_, g.batch), piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
 
@@ -187,7 +198,9 @@ void Images::each_run(const float* x, int64_t begin, int64_t end, Call call) con
 
 // Rows [begin, end) of the padded image. `lanes`: null, or what |x| are added to.
 void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t end, float* lanes) {
-  if (panel_bytes_) return encode_panels(x, image, begin, end);
+  if (layout_ == Layout::panels) return encode_panels(x, image, begin, end);
+  if (layout_ == Layout::channels) return encode_channels(x, image, begin, end);
+  if (layout_ == Layout::none) return;
   const Conv2dGeometry& g = geometry_;
   const Range inside{std::max(begin - g.pad_top, int64_t{0}), std::min(end - g.pad_top, g.height)};
   const bool by_rows = g.x_channels_last && !lanes;
@@ -349,6 +362,27 @@ void Images::encode_panels(const float* x, int64_t image, int64_t begin, int64_t
     put(last, kPanel, whole, 1);
   }
   see(image, largest);
+}
+
+void Images::encode_channels(const float* x, int64_t image, int64_t begin, int64_t end) {
+  const Conv2dGeometry& g = geometry_;
+  const UnitScale unit = this->unit(image);
+  const auto pad = [&](int8_t* q, int64_t count) {
+    std::memset(q, fixed_.zero, static_cast<size_t>(count));
+  };
+  for (int64_t c = g.channels; c-- > 0;)
+    for (int64_t y = begin; y < end; ++y) {
+      int8_t* const q = codes(image, static_cast<int>(c), y, 0);
+      const int64_t in = y - g.pad_top;
+      if (in < 0 || in >= g.height) {
+        pad(q, width_);
+        continue;
+      }
+      pad(q, g.pad_left);
+      see(image, encode(kernel_, activation_, unit, x + (c * g.height + in) * g.width, g.width,
+                        q + g.pad_left, nullptr));
+      pad(q + g.pad_left + g.width, width_ - g.pad_left - g.width);
+    }
 }
 
 void Images::sum_row(int64_t image, int64_t y) {

@@ -21,10 +21,11 @@ class Images {
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, Activation activation,
          const UnitScale& fixed, bool use_bits, int64_t tap, bool want_sums, Scratch& scratch);
 
-  // Codes of NCHW plus 128 as 8-bit weights: so many panels of 16 pixels (int8, no padding).
-  // Without panels scales alone.
+  // Of NCHW (int8): scales alone; codes plus 128 as 8-bit weights, panels of 16 pixels (no
+  // padding); codes as they lie, pixel(image, channel, y, x).
+  enum class Layout { pixels, none, panels, channels };
   Images(const Kernel& kernel, const Conv2dGeometry& geometry, const UnitScale& fixed,
-         int64_t panels, Scratch& scratch);
+         Layout layout, Scratch& scratch);
 
   // A view of one image of codes: what pads it is in memory, and `codes` is the first of `rows`
   // rows of `row_pixels` pixels that the convolution can read. Scale 1, no sums; what is behind the
@@ -35,7 +36,7 @@ class Images {
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
 
-  // The pixel at (y, x) of the padded image; 64 bytes more than the image has can be read.
+  // The pixel at (y, x) of the padded image; 80 bytes more than the image has can be read.
   const int8_t* pixel(int64_t image, int plane, int64_t y, int64_t x) const {
     return codes_ + (image * planes_ + plane) * plane_bytes_ + at(y, x) * pitch_;
   }
@@ -86,18 +87,20 @@ class Images {
                   float* lanes);
   void encode_planes(const float* x, int64_t image, int64_t begin, int64_t end);
   void encode_panels(const float* x, int64_t image, int64_t begin, int64_t end);
+  void encode_channels(const float* x, int64_t image, int64_t begin, int64_t end);
   void sum_row(int64_t image, int64_t y);
 
   const Kernel& kernel_;
   const Conv2dGeometry& geometry_;
   const Activation activation_;
   const UnitScale fixed_;
+  const Layout layout_ = Layout::pixels;
   const bool use_bits_, view_;
   const int planes_;
   const int64_t height_, width_, row_pixels_;  // with padding
   const int64_t elements_;
   int64_t group_bytes_, pitch_, plane_bytes_;
-  int64_t panel_bytes_ = 0;  // not 0: panels, of which there are `height_`
+  int64_t panel_bytes_ = 0;  // of panels, of which there are `height_`
   int8_t *codes_, *mask_ = nullptr;
   int32_t* sums_ = nullptr;
   std::atomic<uint32_t>* seen_ = nullptr;  // the largest |x| of an image, as its bits

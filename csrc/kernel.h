@@ -194,6 +194,11 @@ struct Kernel {
   int column_bytes;  // of a column, and of its weights: 64, or 128 where bytes are widened
   void (*depthwise)(const DepthwiseTile& tile);
   void (*plane)(const PlaneTile& tile);  // null: an ISA has none
+  // Codes, plus 128, of `panels` times 16 neighbouring outputs as panels of 8-bit weights: step s
+  // of them are windows at from + places[s], outputs `stride` bytes apart (4 at most). Null as
+  // `plane`.
+  void (*window_panels)(const int8_t* from, const ptrdiff_t* places, int64_t steps, int64_t stride,
+                        int64_t panels, uint8_t* out);
   void (*grouped)(const GroupedTile& tile);
   // `panels` panels of packed weights, `stride` apart, to the weights of the tiles above,
   // `w_stride` apart, and to their seed.

@@ -97,7 +97,7 @@ void plane_depthwise(const Kernel& kernel, const Conv2dGeometry& g, const Weight
   const int64_t in = g.channels * g.height * g.width;
   const int64_t out = g.out_channels * g.out_height * g.out_width;
   static thread_local Scratch scratch;
-  Images images(kernel, g, UnitScale{}, 0, scratch);
+  Images images(kernel, g, UnitScale{}, Images::Layout::none, scratch);
   threads = worthwhile_threads(threads, g.batch * out * weights.k);
   parallel(threads, [&](int thread, int team) {
     static thread_local Scratch own_scratch;

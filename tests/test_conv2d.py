@@ -117,6 +117,18 @@ CONVS = {
     "first-kernel-beyond-image": Conv(3, 6, kernel=(5, 7), padding=(3, 3, 4, 4), size=(2, 3)),
     "first-four-channels": Conv(4, 9, padding=SAME),
     "first-deep": Conv(3, 5, kernel=(37, 36), padding=(18, 18, 18, 18), batch=1, size=(4, 5)),
+    # as many outputs a row as fill vectors, computed as rows of channels where they come and leave
+    # channels first
+    "first-planes": Conv(3, 24, stride=(2, 2), padding=SAME, size=(15, 32)),
+    "first-planes-7x7": Conv(
+        3, 67, kernel=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3), batch=3, size=(9, 31)
+    ),
+    "first-planes-four": Conv(4, 9, padding=(1, 0, 2, 0), size=(5, 16)),
+    "first-planes-grey": Conv(1, 33, kernel=(2, 5), padding=(0, 1, 2, 2), size=(6, 48)),
+    "first-planes-stride-4": Conv(
+        2, 7, kernel=(8, 8), stride=(4, 4), padding=(2, 2, 3, 1), batch=1, size=(17, 64)
+    ),
+    "first-planes-past-kernel": Conv(3, 5, kernel=(1, 2), stride=(3, 3), size=(8, 47)),
     "grey": Conv(1, 10, padding=SAME),
     "grey-pointwise": Conv(1, 5, kernel=(1, 1)),
     "seven-channels": Conv(7, 5, padding=SAME),

@@ -76,8 +76,22 @@ void plane_tile_of(const PlaneTile& t) {
 
 constexpr void (*plane_tile)(const PlaneTile&) = plane_tile_of;
 
+void window_panels(const int8_t* from, const ptrdiff_t* places, int64_t steps, int64_t stride,
+                   int64_t panels, uint8_t* out) {
+  const Windows windows(static_cast<int>(stride));
+  const Reg flip = bytes(0x80);
+  for (int64_t p = 0; p < panels; ++p, from += kPanel * stride)
+    for (int64_t s = 0; s < steps; ++s, out += kVectorBytes)
+      LOWBIT_UNROLL for (int v = 0; v < kRegs; ++v) {
+        const auto row = reinterpret_cast<const uint8_t*>(from + places[s] + v * kLanes * stride);
+        store(reinterpret_cast<int32_t*>(out + v * kRegBytes), windows(bit_xor(load(row), flip)));
+      }
+}
+
 #else
 
 constexpr void (*plane_tile)(const PlaneTile&) = nullptr;
+constexpr void (*window_panels)(const int8_t*, const ptrdiff_t*, int64_t, int64_t, int64_t,
+                                uint8_t*) = nullptr;
 
 #endif

@@ -29,6 +29,7 @@ const Kernel LOWBIT_JOIN(kKernel_, LOWBIT_KERNEL_NAME) = {
     kColumnBytes,
     depthwise_tile,
     plane_tile,
+    window_panels,
     grouped_tile,
     spread,
     amax_bits,
