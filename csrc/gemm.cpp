@@ -83,7 +83,8 @@ constexpr bool fetches_in_order(int rows, int64_t products, int64_t block) {
 }
 
 // Lines of a far output come from L3 or memory, which takes longer than a tile of few products of a
-// row and a vector: so many tiles ahead are they fetched. Measured, see README.md.
+// row and a vector: so many tiles ahead are they fetched, unless tiles are a line wide, which share
+// sets of the cache. Measured, see README.md.
 constexpr int tiles_ahead(int64_t products) {
   return products < 8 ? 4 : products < 24 ? 2 : products < 40 ? 1 : 0;
 }
@@ -121,7 +122,7 @@ class Block {
         longer_(line_ - least_ * line_tiles_),
         each_(tiles_ ? ceil_div(width_ / kPanel, tiles_) : 0),
         fields_(rows.bits ? 1 : traits(weights.format).planes()),
-        tiles_ahead_(rows.far ? tiles_ahead(depth.steps * fields_) : 0) {
+        tiles_ahead_(rows.far && kernel.nr > kPanel ? tiles_ahead(depth.steps * fields_) : 0) {
     const int64_t size = int64_t{kernel.tall_mr} * kernel.nr;
     const int64_t code_rows = rows.count * rows.planes;
     const bool zeros = weights.group_zero;

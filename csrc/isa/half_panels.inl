@@ -13,6 +13,7 @@ inline Tile channels_of(const Tile& t, int first) {
   part.scale += first;
   part.bias += first;
   part.y += first;
+  part.y_fetched += first;
   part.q_first += first;
   return part;
 }

@@ -76,6 +76,7 @@ inline Tile rows_of(const Tile& t, int first, int rows) {
     part.row_scale += outputs;
     part.bias += outputs * t.bias_pitch;
     part.y += outputs * t.y_pitch;
+    part.y_fetched += outputs * t.y_pitch;
     if (t.q) part.q += outputs;
     if (t.residual) part.residual += outputs;
   }
