@@ -18,8 +18,8 @@
 //   to_float(v) half_load(p) float_load(p) float_store(p, v) float_broadcast(p) float_splat(x)
 //   multiply(a, b) float_add(a, b) fmadd(a, b, c) opaque_float(v)
 //   float_max(a, b) float_min(a, b): b where a is NaN
-//   Windows(stride) windows(p): lane i has the bytes [i * stride, i * stride + 4) from p on, for
-//                           strides up to 4, with LOWBIT_WINDOWS
+//   Windows(stride) windows(v): lane i has the bytes [i * stride, i * stride + 4) of v, for strides
+//                           up to 4, with LOWBIT_WINDOWS
 //   float_quads(p, stride)  4 floats of every `stride`
 //   zip_low(a, b) zip_high(a, b) pair_low(a, b) pair_high(a, b): in quarters of 4 lanes, the low or
 //                           high half of both, lanes or pairs of them in turn
