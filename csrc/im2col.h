@@ -56,8 +56,8 @@ class Columns {
   int32_t* sums_;
   float* scale_;
   int64_t
-      inside_steps_;  // of a row of the kernel, where those outside the image are left out; or 0
-  Range* inside_;
+      inside_steps_;  // of a row of the kernel; 0 where those outside the image are not left out
+  Range* inside_;     // [row]: steps_inside()
 };
 
 }  // namespace lowbit

@@ -21,8 +21,6 @@ int64_t padded_width(const Conv2dGeometry& g) {
   return padded_size(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w);
 }
 
-constexpr int64_t kBehind = 80;  // bytes that can be read behind the codes
-
 }  // namespace
 
 Images::Images(const Kernel& kernel, const Conv2dGeometry& g, Activation activation,
@@ -62,18 +60,17 @@ Images::Images(const Kernel& kernel, const Conv2dGeometry& g, const UnitScale& f
       use_bits_(false),
       view_(false),
       planes_(layout == Layout::channels ? static_cast<int>(g.channels) : 1),
-      height_(layout == Layout::channels ? padded_height(g)
-              : layout == Layout::panels ? ceil_div(g.height * g.width, kPanel)
-                                         : 0),
-      width_(layout == Layout::channels ? padded_width(g) : kPanel),
+      height_(layout == Layout::panels ? ceil_div(g.height * g.width, kPanel) : padded_height(g)),
+      width_(layout == Layout::panels ? kPanel : padded_width(g)),
       row_pixels_(width_),
       elements_(g.height * g.width * g.channels),
       group_bytes_(0),
       pitch_(1),
       panel_bytes_(packed_steps(Format::int8, g.channels) * kVectorBytes) {
-  plane_bytes_ = height_ * (layout == Layout::channels ? width_ : panel_bytes_);
-  scratch.cut(piece(codes_, g.batch * planes_ * plane_bytes_ + kBehind), piece(seen_, g.batch),
-              piece(scale_, g.batch), piece(inverse_, g.batch));
+  plane_bytes_ = height_ * (layout == Layout::panels ? panel_bytes_ : width_);
+  const int64_t size = layout == Layout::none ? 0 : g.batch * planes_ * plane_bytes_ + kBehind;
+  scratch.cut(piece(codes_, size), piece(seen_, g.batch), piece(scale_, g.batch),
+              piece(inverse_, g.batch));
   for (int64_t i = 0; i < g.batch; ++i) new (seen_ + i) std::atomic<uint32_t>(0);
 }
 

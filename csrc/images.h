@@ -36,7 +36,8 @@ class Images {
   // Called by every thread of a team; ends with a barrier.
   void quantize(const float* x, int thread, int team);
 
-  // The pixel at (y, x) of the padded image; 80 bytes more than the image has can be read.
+  // The pixel at (y, x) of the padded image; kBehind bytes more than the image has can be read.
+  static constexpr int64_t kBehind = 80;
   const int8_t* pixel(int64_t image, int plane, int64_t y, int64_t x) const {
     return codes_ + (image * planes_ + plane) * plane_bytes_ + at(y, x) * pitch_;
   }
@@ -65,6 +66,8 @@ class Images {
     return fixed_.fixed ? scale_of(fixed_, seen_[image]) : scale_[image];
   }
 
+  UnitScale unit(int64_t image) const;  // that its codes are made with
+
  private:
   int64_t at(int64_t y, int64_t x) const { return y * row_pixels_ + x; }
   int8_t* codes(int64_t image, int plane, int64_t y, int64_t x) {
@@ -75,7 +78,6 @@ class Images {
   }
   void see(int64_t image, uint32_t largest);
   void scale_image(const float* x, int64_t image);
-  UnitScale unit(int64_t image) const;
   void mask_row(int64_t y);
   void quantize_binary(const float* x, int64_t image, int thread, int team);
   template <class Call>

@@ -110,9 +110,8 @@ struct PlaneTile {
   float inverse;  // of the scale; 0: all codes are 0
   int8_t* codes;  // of x[0][0]; rows `pitch` apart
   ptrdiff_t pitch;
-  const int8_t*
-      from;  // the first output's receptive field; up to 80 bytes behind the last are read
-  int rows;  // of the kernel: 3, of up to 4 taps across, or 5 or 7, of up to 8
+  const int8_t* from;  // the first output's receptive field; 80 bytes behind the last can be read
+  int rows;            // of the kernel: 3, of up to 4 taps across, or 5 or 7, of up to 8
   int64_t stride_h, stride_w;  // the latter 4 at most
   const int8_t* w;             // [rows][4 or 8 taps], 0 behind the last
   int32_t seed;

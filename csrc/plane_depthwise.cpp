@@ -10,23 +10,20 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kMostStride = 4;
-constexpr int64_t kBehind = 80;  // bytes that a tile reads behind its last receptive field
 
 // The channels of one thread.
 class Planes {
  public:
-  Planes(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights, Scratch& scratch)
+  Planes(const Kernel& kernel, const Conv2dGeometry& g, const Weights& weights,
+         const Images& images, Scratch& scratch)
       : kernel_(kernel),
         geometry_(g),
         weights_(weights),
         steps_(packed_steps(weights.format, weights.k)),
         taps_(g.kernel_h == 3 ? 4 : 8),
         value_pitch_(round_up(weights.k, kVectorBytes)) {
-    // As far as taps reach, and the image itself.
-    const int64_t height =
-        std::max((g.out_height - 1) * g.stride_h + g.kernel_h, g.pad_top + g.height);
-    tile_.pitch = std::max((g.out_width - 1) * g.stride_w + g.kernel_w, g.pad_left + g.width);
-    const int64_t size = height * tile_.pitch + kBehind;
+    tile_.pitch = images.width();
+    const int64_t size = images.height() * tile_.pitch + Images::kBehind;
     scratch.cut(piece(codes_, size), piece(w_, g.kernel_h * taps_),
                 piece(values_, kPanel * value_pitch_));
     std::memset(codes_, 0, static_cast<size_t>(size));
@@ -44,16 +41,16 @@ class Planes {
   }
 
   // x and y: of the image.
-  void run_panel(int64_t panel, float scale, const float* x, float* y) {
+  void run_panel(int64_t panel, const UnitScale& unit, const float* x, float* y) {
     const int64_t in = geometry_.height * geometry_.width;
     const int64_t out = geometry_.out_height * geometry_.out_width;
     kernel_.value_rows(weights_.packed + panel * steps_ * kVectorBytes, steps_,
                        traits(weights_.format), values_, value_pitch_);
-    tile_.inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    tile_.inverse = unit.inverse;
     // From the end: what was searched last for the largest is still in the cache.
     for (int64_t c = std::min(weights_.n, (panel + 1) * kPanel); c-- > panel * kPanel;) {
       set_weights(values_ + (c - panel * kPanel) * value_pitch_);
-      tile_.scale = scale * weights_.scale[c];
+      tile_.scale = unit.scale * weights_.scale[c];
       tile_.bias = weights_.bias ? weights_.bias[c] : 0.0f;
       tile_.x = x + c * in;
       tile_.y = y + c * out;
@@ -102,14 +99,14 @@ void plane_depthwise(const Kernel& kernel, const Conv2dGeometry& g, const Weight
   parallel(threads, [&](int thread, int team) {
     static thread_local Scratch own_scratch;
     images.quantize(x, thread, team);
-    Planes planes(kernel, g, weights, own_scratch);
+    Planes planes(kernel, g, weights, images, own_scratch);
     const bool own = g.batch % team == 0;
     const int64_t count = packed_panels(weights.n);
     const Range batch = own ? part(g.batch, thread, team) : Range{0, g.batch};
     const Range mine = own ? Range{0, count} : part(count, thread, team);
     for (int64_t i = batch.begin; i < batch.end; ++i)
       for (int64_t p = mine.end; p-- > mine.begin;)
-        planes.run_panel(p, images.scale(i), x + i * in, y + i * out);
+        planes.run_panel(p, images.unit(i), x + i * in, y + i * out);
   });
 }
 
