@@ -32,6 +32,9 @@ namespace {
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kPassBytes = int64_t{512} << 10;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 192;
+// Outputs channels first are far sooner: no prefetcher follows as many streams as there are
+// channels.
+constexpr int64_t kPlanesFar = 2;
 // Floats of a line of the cache, and so many lines can be shared out evenly.
 constexpr int64_t kLine = 16, kManyLines = 32;
 
@@ -236,7 +239,7 @@ void conv2d(const float* x, const Conv2dGeometry& g, const Weights& weights, Act
       continue;
     }
     conv2d_pass(x + first * in, pass, weights, activation, y + first * out, threads, unit,
-                is_far(g.batch * out));
+                is_far(g.batch * out * (g.y_channels_last ? 1 : kPlanesFar)));
   }
 }
 

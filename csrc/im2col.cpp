@@ -28,7 +28,7 @@ bool Columns::by_lines(const Kernel& kernel, const Conv2dGeometry& g, const Weig
   const int64_t width = g.out_width, whole = round_up(width, kernel.mr);
   const int64_t channels = g.out_channels / g.groups;
   return kernel.segments && channels > kernel.tall_nr && channels % kernel.tall_nr == 0 &&
-         g.y_channels_last && !images.use_bits() && images.planes() == 1 && !weights.group_scale &&
+         !images.use_bits() && images.planes() == 1 && !weights.group_scale &&
          wants_sums(g, weights, depth) && !is_pointwise(g, images) &&
          (whole - width) * kEmpty <= width;
 }

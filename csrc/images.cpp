@@ -179,16 +179,28 @@ void Images::mask_row(int64_t y) {
 template <class Call>
 void Images::each_run(const float* x, int64_t begin, int64_t end, Call call) const {
   constexpr int64_t kFloats = 4096, kSquare = 16;  // a run stays in L1
+  constexpr int64_t kFarImage = int64_t{512} << 10, kSameSet = 1024;
   const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
   const int64_t size = std::max(kFloats / channels / kSquare, int64_t{1}) * kSquare;
+  // Pixels that share a set of the cache would push each other out: some floats between them.
+  const int64_t pitch = channels % kSameSet == 0 ? channels + kSquare : channels;
   static thread_local Scratch scratch;
   float* block = nullptr;
-  if (!geometry_.x_channels_last) scratch.cut(piece(block, (size + kSquare) * channels));
+  if (!geometry_.x_channels_last) scratch.cut(piece(block, (size + kSquare) * pitch));
   for (int64_t at = begin; at < end;) {
     // No run is much smaller than a square.
     const int64_t count = end - at < size + kSquare ? end - at : size;
-    if (block) kernel_.transpose(channels, count, x + at, pixels, block, channels);
-    call(block ? block : x + at * channels, at, count);
+    if (block) {
+      kernel_.transpose(channels, count, x + at, pixels, block, pitch);
+      // No prefetcher follows as many streams as there are channels; the second cache needs none.
+      for (int64_t c = 0; c < channels && elements_ >= kFarImage; ++c)
+        for (int64_t i = 0; i < size; i += kSquare)
+          __builtin_prefetch(x + c * pixels + at + count + i);
+    }
+    if (block && pitch != channels)
+      for (int64_t i = 0; i < count; ++i) call(block + i * pitch, at + i, int64_t{1});
+    else
+      call(block ? block : x + at * channels, at, count);
     at += count;
   }
 }
@@ -201,9 +213,14 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
   const Conv2dGeometry& g = geometry_;
   const Range inside{std::max(begin - g.pad_top, int64_t{0}), std::min(end - g.pad_top, g.height)};
   const bool by_rows = g.x_channels_last && !lanes;
-  if (!g.x_channels_last && activation_ == Activation::int8)
-    encode_planes(x, image, inside.begin, inside.end);
-  else if (!by_rows)
+  // What no output reads need not be encoded, unless it is searched for what is not finite, too.
+  const bool skips = !fixed_.fixed && !lanes && g.kernel_h * g.kernel_w == 1 && !g.depthwise() &&
+                     g.stride_h * g.stride_w > 1;
+  if (!g.x_channels_last && activation_ == Activation::int8) {
+    const int64_t rows = skips ? 1 : std::max(inside.end - inside.begin, int64_t{1});
+    for (int64_t y = inside.begin; y < inside.end; y += rows)
+      if (!skips || (y + g.pad_top) % g.stride_h == 0) encode_planes(x, image, y, y + rows);
+  } else if (!by_rows) {
     each_run(x, inside.begin * g.width, inside.end * g.width,
              [&](const float* run, int64_t first, int64_t count) {
                if (lanes && !sums_with_bits())
@@ -215,9 +232,7 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
                  i += here;
                }
              });
-  // What no output reads need not be encoded, unless it is searched for what is not finite, too.
-  const bool skips = by_rows && !fixed_.fixed && g.kernel_h * g.kernel_w == 1 && !g.depthwise() &&
-                     g.stride_h * g.stride_w > 1;
+  }
   // From the end: what was searched last for the largest is still in the cache.
   for (int64_t y = end; y-- > begin;) {
     const int64_t in = y - g.pad_top;
@@ -227,7 +242,7 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
       continue;
     }
     const float* const row = x + in * g.width * g.channels;
-    if (skips)
+    if (by_rows && skips)
       for (int64_t at = round_up(g.pad_left, g.stride_w) - g.pad_left; at < g.width;
            at += g.stride_w)
         encode_run(row + at * g.channels, image, y, at, 1, nullptr);
