@@ -100,6 +100,11 @@ CONVS = {
     "pointwise-ragged": Conv(37, 21, kernel=(1, 1)),
     "pointwise-stride": Conv(48, 24, kernel=(1, 1), stride=(2, 2)),
     "pointwise-padded": Conv(32, 8, kernel=(1, 1), padding=SAME),
+    "pointwise-stride-down": Conv(
+        70, 11, kernel=(1, 1), padding=(1, 2, 0, 3), stride=(3, 1), size=(8, 19)
+    ),
+    # pixels that share a set of the cache, images that leave it
+    "pointwise-far": Conv(1024, 5, kernel=(1, 1), batch=1, size=(18, 29)),
     # as many pixels as make channels the rows where they come and leave channels first
     "planes": Conv(37, 41, kernel=(1, 1), size=(14, 14)),
     "planes-whole": Conv(64, 48, kernel=(1, 1), size=(16, 15)),
@@ -197,11 +202,6 @@ def check(kernel, conv, *args, call=None, **kwargs):
 MEMORY_FORMATS = [
     {"x_channels_last": x, "y_channels_last": y} for x in (True, False) for y in (True, False)
 ]
-
-
-def check_images(kernel, conv, x, weights):
-    expected = oracle.conv2d(x, *weights.astuple(), kernel.activation, **conv.geometry)
-    assert_same_bits(core_conv2d(x, weights, kernel.activation, **conv.geometry), expected)
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -370,15 +370,19 @@ def test_border_pixels_of_padding_alone_are_the_bias(kernel):
             np.testing.assert_array_equal(y[:, row, column], np.tile(weights.bias, (2, 1)))
 
 
-def test_pixels_below_and_right_of_the_last_tap_still_set_the_scale(kernel, rng):
-    """A stride can leave pixels that no tap reads: they belong to the image all the same."""
-    conv = Conv(32, 4, kernel=(2, 2), stride=(4, 4), size=(7, 7), batch=1)
+@pytest.mark.parametrize("kernel_size", [1, 2])
+@pytest.mark.parametrize("call", MEMORY_FORMATS)
+def test_pixels_that_no_tap_reads_still_set_the_scale(kernel, rng, kernel_size, call):
+    """A stride can leave pixels out: they belong to the image all the same."""
+    conv = Conv(32, 4, kernel=(kernel_size,) * 2, stride=(4, 4), size=(7, 7), batch=1)
     weights = random_weights(rng, kernel.fmt, conv.weight_shape)
     x = rng.normal(size=(1, 7, 7, 32)).astype(np.float32)
     x[0, 6, 6, 5] = 50
-    check_images(kernel, conv, x, weights)
+    expected = oracle.conv2d(x, *weights.astuple(), kernel.activation, **conv.geometry)
+    actual = core_conv2d(x, weights, kernel.activation, **conv.geometry, **call)
+    assert_same_bits(actual, expected)
     x[0, 6, 6, 5] = np.nan
-    assert np.isnan(core_conv2d(x, weights, kernel.activation, **conv.geometry)).all()
+    assert np.isnan(core_conv2d(x, weights, kernel.activation, **conv.geometry, **call)).all()
 
 
 def test_pointwise_on_one_pixel_is_linear(kernel, rng):

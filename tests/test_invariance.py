@@ -69,6 +69,19 @@ def test_every_isa(name, scheme, isa):
     assert same_bits(layer(x), y)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w1a1"])
+def test_outputs_that_leave_the_caches(scheme, isa):
+    """Their lines are fetched early: the same bits as of parts that are small."""
+    layer = lowbit.quantize(nn.Sequential(nn.Linear(33, 1040)), scheme)[0]
+    x = torch.randn(2100, 33, generator=torch.Generator().manual_seed(0))
+    assert same_bits(layer(x), torch.cat([layer(part) for part in x.split(700)]))
+    conv = lowbit.quantize(nn.Sequential(nn.Conv2d(32, 64, (1, 2), padding=(0, 1))), scheme)[0]
+    images = x.flatten()[: 6 * 32 * 18 * 19].reshape(6, 32, 18, 19).repeat(1, 1, 4, 4)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        images = images.contiguous(memory_format=memory_format)
+        assert same_bits(conv(images), torch.cat([conv(image[None]) for image in images]))
+
+
 @every_layer
 @every_scheme
 def test_every_number_of_threads(name, scheme, use_threads):
