@@ -33,6 +33,10 @@ import oracle
 import lowbit
 from lowbit import _core
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Processes share the cores: teams that wait for each other take six times as long.
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 # The same examples in every run: a failure must be reproducible by anyone.
 hypothesis.settings.register_profile(
     "lowbit",
