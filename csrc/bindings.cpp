@@ -17,6 +17,7 @@
 #include "cpu.h"
 #include "direct.h"
 #include "lowbit.h"
+#include "pages.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -377,6 +378,14 @@ PYBIND11_MODULE(_core, m) {
       },
       "format"_a, "channels_per_group"_a);
   m.def("conv2d_blocks", &conv2d_blocks, "out_channels"_a, "groups"_a);
+
+  m.def(
+      "move_to_huge_pages",
+      [](uintptr_t memory, size_t bytes) {
+        py::gil_scoped_release release;
+        return move_to_huge_pages(reinterpret_cast<const void*>(memory), bytes);
+      },
+      "memory"_a, "bytes"_a);
 
   m.def("linear", &call_linear, "x"_a, "m"_a, "y"_a, "format"_a, "activation"_a, "n"_a, "k"_a,
         "group_size"_a, "packed"_a, "scale"_a, "group_scale"_a, "group_zero"_a, "bias"_a,

@@ -217,9 +217,12 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
   const bool skips = !fixed_.fixed && !lanes && g.kernel_h * g.kernel_w == 1 && !g.depthwise() &&
                      g.stride_h * g.stride_w > 1;
   if (!g.x_channels_last && activation_ == Activation::int8) {
-    const int64_t rows = skips ? 1 : std::max(inside.end - inside.begin, int64_t{1});
-    for (int64_t y = inside.begin; y < inside.end; y += rows)
-      if (!skips || (y + g.pad_top) % g.stride_h == 0) encode_planes(x, image, y, y + rows);
+    constexpr int64_t kSquare = 16;  // shorter rows had better be encoded together
+    if (!skips || g.stride_h == 1 || g.width < kSquare)
+      encode_planes(x, image, inside.begin, inside.end);
+    else
+      for (int64_t y = inside.begin; y < inside.end; ++y)
+        if ((y + g.pad_top) % g.stride_h == 0) encode_planes(x, image, y, y + 1);
   } else if (!by_rows) {
     each_run(x, inside.begin * g.width, inside.end * g.width,
              [&](const float* run, int64_t first, int64_t count) {

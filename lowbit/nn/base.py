@@ -22,6 +22,7 @@ from lowbit.packed import (
     PackedWeight,
     Tensors,
     activation_problem,
+    move_to_huge_pages,
     pack_groups,
     tensor_shapes,
     tensor_version,
@@ -231,6 +232,7 @@ class QuantizedLayer(LowbitLayer):
             None if values is None else pack_groups(values, blocks)
             for values in (q.group_scale, q.group_zero)
         )
+        move_to_huge_pages((packed, self.weight_group_scale))
 
     # --- Forward -------------------------------------------------------------------------------
 
@@ -292,6 +294,7 @@ class QuantizedLayer(LowbitLayer):
         ):
             return checked
         checked = self._check_operands(self.operator_tensors(), self._activation_tensors())
+        move_to_huge_pages(checked.tensors)
         self.__dict__["_checked"] = checked
         self.__dict__["_direct"] = self._prepare(checked)
         return checked

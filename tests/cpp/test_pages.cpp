@@ -1,4 +1,4 @@
-// Advice on pages: for new memory alone, inside the range alone, and it changes no byte.
+// Huge pages: inside the range alone, outputs' for new memory alone, and they change no byte.
 #include <doctest/doctest.h>
 
 #include "pages.h"
@@ -101,8 +101,35 @@ TEST_CASE("what is small is left alone") {
   CHECK(prefer_huge_pages(nullptr, 0) == 0);
 }
 
+TEST_CASE("what is moved keeps its bytes and its place") {
+  const Mapping map(16 * kMega);
+  const auto byte = [](size_t i) { return static_cast<char>(i * 2654435761u >> 24); };
+  for (size_t i = 0; i < map.bytes; ++i) map.memory[i] = byte(i);
+  const char* const begin = map.memory + kMega + 64;
+  const size_t bytes = 11 * kMega;
+  const size_t moved = move_to_huge_pages(begin, bytes);
+  CHECK(moved % (2 * kMega) == 0);
+  CHECK(moved <= bytes);
+  if (moved > 0) CHECK(moved > bytes - 4 * kMega);
+  CHECK(move_to_huge_pages(begin, bytes) == moved);
+  CHECK(advised(map.memory, begin) <= 0);
+  CHECK(advised(begin + bytes, map.memory + map.bytes) <= 0);
+  size_t kept = 0;
+  for (size_t i = 0; i < map.bytes; ++i) kept += map.memory[i] == byte(i);
+  CHECK(kept == map.bytes);
+}
+
+TEST_CASE("what holds no whole page is not moved") {
+  const Mapping map(4 * kMega);
+  CHECK(move_to_huge_pages(map.memory, kMega) == 0);
+  CHECK(move_to_huge_pages(nullptr, 0) == 0);
+}
+
 #else
 
-TEST_CASE("elsewhere nothing happens") { CHECK(prefer_huge_pages(nullptr, 0) == 0); }
+TEST_CASE("elsewhere nothing happens") {
+  CHECK(prefer_huge_pages(nullptr, 0) == 0);
+  CHECK(move_to_huge_pages(nullptr, 0) == 0);
+}
 
 #endif

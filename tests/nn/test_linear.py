@@ -390,3 +390,31 @@ def test_fused_transformer_path_does_not_bypass_the_layer():
     with torch.no_grad():
         block(torch.randn(2, 5, 32))
     assert calls == [1]
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def test_large_weights_are_moved_to_huge_pages(monkeypatch):
+    """When they are made, and by the first call where they came in another way; never else."""
+    moved = []
+    move = _core.move_to_huge_pages
+    monkeypatch.setattr(
+        _core, "move_to_huge_pages", lambda *args: (moved.append(args), move(*args))[1]
+    )
+    make()(torch.randn(1, 75))
+    assert not moved
+
+    layer = make("w4a8-g32", k=4096, n=2048)
+    assert moved == [(layer.weight_packed.data_ptr(), layer.weight_packed.nbytes)]
+    x = torch.randn(2, 4096)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    before = other.weight_packed.clone()
+    moved.clear()
+    assert torch.equal(other(x), y)
+    assert moved == [(other.weight_packed.data_ptr(), before.nbytes)]
+    assert torch.equal(other.weight_packed, before)
+    moved.clear()
+    assert torch.equal(other(x), y)
+    assert not moved
