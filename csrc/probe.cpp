@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "lowbit.h"
+#include "pages.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -56,6 +57,7 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   char* block;
   scratch.cut(piece(block, bytes));
   std::memset(block, 1, static_cast<size_t>(bytes));
+  move_to_huge_pages(block, static_cast<size_t>(bytes));  // as weights are
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   const int repeat = static_cast<int>(std::max<int64_t>(1, (int64_t{64} << 20) / bytes));
   volatile uint64_t sink = 0;
