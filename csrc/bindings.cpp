@@ -17,7 +17,6 @@
 #include "cpu.h"
 #include "direct.h"
 #include "lowbit.h"
-#include "pages.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

@@ -89,6 +89,11 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, Format format, uint8_t*
 // Whether all that packed holds beyond the n x k codes is 0, as xnor kernels need.
 bool padding_is_zero(const uint8_t* packed, int64_t n, int64_t k, Format format);
 
+// Moves what a range holds to pages of 2 MB, as many as lie in it whole (pages.cpp): what reads
+// weights from memory waits for the addresses of their pages. No byte and no address of it changes.
+// Takes the time of some two copies. Returns how many bytes lie in them now; 0 where Linux refuses.
+size_t move_to_huge_pages(const void* memory, size_t bytes);
+
 // For each unit of weights x [units, length] (an output channel or a group) at scale[unit], codes
 // low..high: out [units, 3] = sum of squared errors, sum of v * x, sum of v * v, where v is the
 // value of the nearest code. Unit u counts what mask [masks, length] has as 1 in row u % masks; x

@@ -1,5 +1,7 @@
 #include "pages.h"
 
+#include "lowbit.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 

@@ -7,7 +7,6 @@
 
 #include "dispatch.h"
 #include "lowbit.h"
-#include "pages.h"
 #include "parallel.h"
 #include "scratch.h"
 

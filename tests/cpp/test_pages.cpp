@@ -1,6 +1,7 @@
 // Huge pages: inside the range alone, outputs' for new memory alone, and they change no byte.
 #include <doctest/doctest.h>
 
+#include "lowbit.h"
 #include "pages.h"
 
 using namespace lowbit;
