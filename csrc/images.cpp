@@ -9,6 +9,8 @@
 namespace lowbit {
 namespace {
 
+constexpr int64_t kSquare = 16;  // pixels that are transposed at once
+
 // How far the taps reach over `out` outputs, and the image itself.
 int64_t padded_size(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
                     int64_t dilation) {
@@ -178,7 +180,7 @@ void Images::mask_row(int64_t y) {
 // call(x, first, count) for runs of the pixels [begin, end), as channels last.
 template <class Call>
 void Images::each_run(const float* x, int64_t begin, int64_t end, Call call) const {
-  constexpr int64_t kFloats = 4096, kSquare = 16;  // a run stays in L1
+  constexpr int64_t kFloats = 4096;  // a run stays in L1
   constexpr int64_t kFarImage = int64_t{512} << 10, kSameSet = 1024;
   const int64_t channels = geometry_.channels, pixels = geometry_.height * geometry_.width;
   const int64_t size = std::max(kFloats / channels / kSquare, int64_t{1}) * kSquare;
@@ -217,7 +219,7 @@ void Images::encode_rows(const float* x, int64_t image, int64_t begin, int64_t e
   const bool skips = !fixed_.fixed && !lanes && g.kernel_h * g.kernel_w == 1 && !g.depthwise() &&
                      g.stride_h * g.stride_w > 1;
   if (!g.x_channels_last && activation_ == Activation::int8) {
-    constexpr int64_t kSquare = 16;  // shorter rows had better be encoded together
+    // Rows shorter than a square had better be encoded together.
     if (!skips || g.stride_h == 1 || g.width < kSquare)
       encode_planes(x, image, inside.begin, inside.end);
     else
@@ -314,7 +316,7 @@ void Images::encode_run(const float* x, int64_t image, int64_t y, int64_t first,
 
 // Rows [begin, end) of NCHW: squares of channels and pixels become codes in registers.
 void Images::encode_planes(const float* x, int64_t image, int64_t begin, int64_t end) {
-  constexpr int64_t kRun = 64, kSquare = 16, kChannels = 64;
+  constexpr int64_t kRun = 64, kChannels = 64;
   const Conv2dGeometry& g = geometry_;
   const int64_t pixels = g.height * g.width;
   const UnitScale unit = this->unit(image);
